@@ -1,0 +1,1 @@
+"""YAML recipes, validated as a whole before anything is loaded."""

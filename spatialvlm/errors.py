@@ -1,0 +1,114 @@
+"""Every exception a user can meet. Each message says what, where, which value, and how to fix it.
+
+``assert`` is for our own invariants; these classes are for users. The finer classes exist so that a
+caller can tell apart situations it would handle differently.
+"""
+
+
+class SpatialVLMError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(SpatialVLMError):
+    """A YAML file, an override, or a combination of settings is wrong."""
+
+
+class LaunchError(SpatialVLMError):
+    """The processes of a run do not fit together, or the run directory is in use."""
+
+
+class DataError(SpatialVLMError):
+    """A dataset file, row, or label is wrong.
+
+    Args:
+        message: What, where, which value, how to fix it.
+        reason: One word of the data specification's list of reasons, counted per source.
+    """
+
+    def __init__(self, message: str, *, reason: str = "schema") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class MediaError(DataError):
+    """An image or video is missing, broken, too large, or outside its root."""
+
+
+class MarkError(DataError):
+    """Marks cannot be drawn: no hook, an unknown colour list, or a mark outside its image."""
+
+
+class BudgetError(DataError):
+    """More rows were rejected or quarantined than the configuration allows."""
+
+
+class WorkerError(DataError):
+    """A loader worker died or hung; the message names the sample in flight."""
+
+
+class StateError(DataError):
+    """A loader state belongs to another order, or to a newer version."""
+
+
+class IsolationError(SpatialVLMError):
+    """The attention implementation lets samples of one pack see each other."""
+
+
+class GeometryError(SpatialVLMError):
+    """The geometry branch was given something it cannot use."""
+
+
+class AlignmentError(GeometryError):
+    """Geometry features, visual tokens, and placeholders do not match."""
+
+
+class CacheError(GeometryError):
+    """The feature cache returned features that differ from recomputed ones."""
+
+
+class CheckpointError(SpatialVLMError):
+    """Weights or a training checkpoint cannot be read, written, or trusted."""
+
+
+class FingerprintError(CheckpointError):
+    """The geometry encoder differs from the one the checkpoint was trained with."""
+
+
+class NonFiniteError(SpatialVLMError):
+    """Gradients or weights are not finite."""
+
+
+class HangError(SpatialVLMError):
+    """No progress on some rank within the time limit."""
+
+
+class OutOfMemoryError(SpatialVLMError):
+    """The device ran out of memory; the message holds the step, the samples, and the estimate."""
+
+
+class SceneError(SpatialVLMError):
+    """A scene file is invalid, of another schema version, or cannot be imported."""
+
+
+class BoxError(SceneError):
+    """A box has a wrong size, rotation, or number of values."""
+
+
+class CameraError(SceneError):
+    """A camera has an invalid pose or intrinsic matrix."""
+
+
+class UnsafePickleError(SceneError):
+    """A pickle names a class outside the allow-list; nothing was executed."""
+
+
+class RoomGenerationError(SceneError):
+    """A procedural room could not be built within the allowed number of tries."""
+
+
+class SynthesisError(SpatialVLMError):
+    """A task, template, or executor of the data engine failed."""
+
+
+class EvaluationError(SpatialVLMError):
+    """Predictions and benchmark do not fit together."""

@@ -1,0 +1,1 @@
+"""Scorers, prompts, generation, reports."""

@@ -1,0 +1,1 @@
+"""Backbones, geometry branch, attention, and the model that composes them."""

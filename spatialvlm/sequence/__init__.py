@@ -1,0 +1,1 @@
+"""Token layout, positions, pixels: pure functions that data and models share."""

@@ -1,0 +1,1 @@
+"""Scenes to verifiable spatial question-answer rows."""

@@ -1,0 +1,1 @@
+"""Tiny models and a tokenizer for tests and smoke runs."""
