@@ -22,7 +22,7 @@ class DataError(SpatialVLMError):
 
     Args:
         message: What, where, which value, how to fix it.
-        reason: One word of the data specification's list of reasons, counted per source.
+        reason: One word, one of the reasons listed in docs/data.md, counted per source.
     """
 
     def __init__(self, message: str, *, reason: str = "schema") -> None:

@@ -113,7 +113,7 @@ class LossOutput(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CostCoefficients:
-    """FLOPs of one training step as a function of a pack's sizes (data spec 9.2, training spec 13).
+    """FLOPs of one training step as a function of a pack's sizes.
 
     All terms already include the backward factor of what trains and of recomputation.
     """
@@ -133,7 +133,7 @@ class CostCoefficients:
 
 @dataclass(frozen=True, slots=True)
 class MarkSpec:
-    """A mark that is drawn into an image when a row is loaded (data_engine spec 11.2)."""
+    """A mark that is drawn into an image when a row is loaded."""
 
     image: int
     """Index of the stored image (or frame) inside the row, from 0."""
