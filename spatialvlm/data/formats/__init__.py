@@ -1,0 +1,1 @@
+"""Readers: one pure function per dataset format, row -> list of samples."""
