@@ -106,6 +106,22 @@ class RoomGenerationError(SceneError):
     """A procedural room could not be built within the allowed number of tries."""
 
 
+class SceneSchemaError(SceneError):
+    """A scene record or one of its images breaks the schema, or is of another version."""
+
+
+class ImporterError(SceneError):
+    """A dataset file cannot be imported: truncated, a column is missing, or another format."""
+
+
+class BackendUnavailableError(SceneError):
+    """An optional package or its weights are missing; the message names the extra to install."""
+
+
+class ContaminationError(SceneError):
+    """A scene or room belongs to an evaluation set."""
+
+
 class SynthesisError(SpatialVLMError):
     """A task, template, or executor of the data engine failed."""
 

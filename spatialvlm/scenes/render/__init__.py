@@ -1,0 +1,1 @@
+"""Renderers: exact ray casting of boxes, the numpy rasteriser, and optional backends."""
