@@ -39,7 +39,7 @@ class EvaluationConfig(Section):
     benchmarks: Annotated[tuple[NonEmptyStr, ...], Field(min_length=1)]
     """Benchmark names; ``python -m spatialvlm.evaluation list`` prints them."""
     data_root: NonEmptyStr | None = None
-    """Folder of benchmark files and media."""
+    """Folder of benchmark files and media; ``None`` when ``files`` names each file."""
     files: dict[str, NonEmptyStr] = {}
     """Explicit file per benchmark."""
     media_root: dict[str, NonEmptyStr] = {}

@@ -236,7 +236,7 @@ class TrainEvaluationConfig(Section):
     benchmarks: tuple[NonEmptyStr, ...] = ()
     """Benchmarks answered by generation."""
     data_root: NonEmptyStr | None = None
-    """Folder of benchmark files and media."""
+    """Folder of benchmark files and media; ``None`` when ``files`` names each file."""
     files: dict[str, NonEmptyStr] = {}
     """Explicit file per benchmark."""
     select: NonEmptyStr | None = None
