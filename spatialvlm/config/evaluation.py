@@ -69,7 +69,7 @@ class EvaluationConfig(Section):
     prefetch: PositiveInt = 2
     """Batches decoded ahead."""
     limit: PositiveInt | None = None
-    """Items per benchmark, stratified by question type; the result is marked partial."""
+    """Items per benchmark, stratified by question type and marked partial; ``None`` = all."""
     limit_seed: NonNegativeInt = 0
     """Seed of the limited subset."""
     seed: NonNegativeInt = 0
