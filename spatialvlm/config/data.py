@@ -31,7 +31,7 @@ class SourceMediaConfig(Section):
     num_frames: PositiveInt | None = None
     """Frames per video under ``uniform``."""
     fps: PositiveFloat | None = None
-    """Frames per second under ``fps``."""
+    """Frames per second; required with ``frames: fps``, ``None`` otherwise."""
     min_pixels: PositiveInt | None = None
     """Smallest image after resizing, in pixels."""
     max_pixels: PositiveInt | None = None
@@ -109,7 +109,7 @@ class MediaConfig(Section):
     num_frames: PositiveInt = 32
     """Frames per video under ``uniform``."""
     fps: PositiveFloat | None = None
-    """Frames per second under ``fps``."""
+    """Frames per second; required with ``frames: fps``, ``None`` otherwise."""
     min_frames: PositiveInt = 8
     """``overlong: drop_frames`` never goes below."""
     max_frames: PositiveInt = 512
@@ -211,7 +211,7 @@ class StepConfig(Section):
     lookahead: PositiveInt = 1024
     """Draws packed together (``unit: packs``)."""
     packs_per_step: PositiveInt | None = None
-    """Packs per step over all ranks (``unit: packs``)."""
+    """Packs per step over all ranks; required with ``unit: packs``, ``None`` otherwise."""
 
 
 class PackingConfig(Section):
