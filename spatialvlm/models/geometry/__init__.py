@@ -1,0 +1,1 @@
+"""Frozen geometry encoders, and how their features become spatial tokens."""
