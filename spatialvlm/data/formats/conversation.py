@@ -1,0 +1,494 @@
+"""The normaliser of every conversation format: turns, media fields, markers, checks.
+
+The rules are those listed in docs/data.md, "Rows": (a) media fields, (b) markers, (c) counts,
+(d) turns. A row either becomes samples or raises :class:`DataError` with one of the documented reasons.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from spatialvlm.data.formats.base import (
+    IMAGE_SUFFIXES,
+    Format,
+    Place,
+    Row,
+    SourceAttrs,
+    media_path,
+    suffix,
+    video_ref,
+)
+from spatialvlm.data.sample import MediaRef, Role, Sample, Turn
+from spatialvlm.typing import MarkSpec
+
+_MARKER = re.compile(
+    r"(<\|vision_start\|>(?:<\|image_pad\|>|<\|video_pad\|>|<image>|<video>)<\|vision_end\|>"
+    r"|<\|image_pad\|>|<\|video_pad\|>|<image>|<video>)"
+)
+_ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+_IMAGE, _VIDEO = -1, -2
+_CONSUMED = frozenset(
+    [
+        "conversations",
+        "messages",
+        "image",
+        "images",
+        "video",
+        "videos",
+        "system",
+        "system_prompt",
+        "video_start",
+        "video_end",
+        "scene_id",
+        "room_id",
+        "difficulty",
+    ]
+)
+
+# What stands between the pieces of a turn: text, a marker (_IMAGE, _VIDEO), or a medium given in place.
+Piece = str | int | MediaRef
+
+
+def read_conversation(row: Row, attrs: SourceAttrs, place: Place, fmt: Format) -> list[Sample]:
+    """Normalise one row with ``conversations`` or ``messages``.
+
+    Args:
+        row: The row; embedded media bytes are replaced by a true value.
+        attrs: Settings of the source.
+        place: Where the row stands.
+        fmt: The format, for its presets.
+
+    Raises:
+        DataError: With the reason ``schema``, ``turn_order``, ``no_answer``, ``empty_answer``,
+            ``marker_count``, ``marker_in_answer``, or ``excluded``.
+    """
+    images, videos = media_fields(row, attrs, place)
+    return [build_sample(row, parse_turns(row, attrs, place), images, videos, attrs, place, fmt)]
+
+
+def build_sample(
+    row: Row,
+    turns: list[tuple[Role, list[Piece], bool]],
+    images: list[MediaRef],
+    videos: list[MediaRef],
+    attrs: SourceAttrs,
+    place: Place,
+    fmt: Format,
+    *,
+    marks: tuple[MarkSpec, ...] = (),
+    consumed: frozenset[str] = frozenset(),
+    k: int = -1,
+    **fields: Any,
+) -> Sample:
+    """Check turns and markers against each other and put the sample together.
+
+    Args:
+        row: The row; keys that became no field of the sample go to ``meta``.
+        turns: From :func:`parse_turns`.
+        images: Media of ``<image>`` markers, in order.
+        videos: Media of ``<video>`` markers, in order.
+        attrs: Settings of the source.
+        place: Where the row stands.
+        fmt: The format, for its presets.
+        marks: Marks to draw at load.
+        consumed: More keys to leave out of ``meta``.
+        k: Number among several samples of the row; -1 = the only one.
+        fields: Further fields of the sample, in place of the derived ones.
+    """
+    check_turns(turns, place)
+    media = _assign(turns, images, videos, place)
+    if attrs.exclude_prefixes:
+        _check_excluded(row, media, attrs, place)
+    if attrs.normalize_marker == "front":
+        _markers_to_front(turns)
+    if attrs.fixes:
+        _fix_answers(turns, attrs.fixes)
+    derived: dict[str, Any] = {
+        "capability": _capability(row, attrs, fmt),
+        "same_scene": fmt.same_scene if attrs.same_scene is None else attrs.same_scene,
+        "frames_pinned": attrs.pinned,
+        "coords": attrs.coords or fmt.coords,
+        "scene_id": _text_or_none(row.get("scene_id")) or _text_or_none(row.get("scene_name")),
+        "room_id": _text_or_none(row.get("room_id")),
+        "difficulty": number_or_none(row.get("difficulty")),
+        "margin": number_or_none(row.get("margin")),
+        "meta": {
+            key: value
+            for key, value in row.items()
+            if value is not None and key not in _CONSUMED and key not in consumed
+        },
+    }
+    return Sample(
+        uid=place.uid(attrs.name, k),
+        source=attrs.name,
+        family=attrs.family,
+        turns=tuple(
+            [
+                Turn(role, tuple(cast("list[str | int]", parts)), train)
+                for role, parts, train in turns
+            ]
+        ),
+        media=tuple(media),
+        geometry=attrs.geometry,
+        marks=marks,
+        **(derived | fields),
+    )
+
+
+def parse_turns(row: Row, attrs: SourceAttrs, place: Place) -> list[tuple[Role, list[Piece], bool]]:
+    """Roles and pieces of the row's turns; a ``system`` key becomes the first turn."""
+    raw = row.get("conversations")
+    if raw is None:
+        raw = row.get("messages")
+    if not isinstance(raw, list):
+        kind = "has no" if raw is None else f"has {type(raw).__name__} as"
+        raise place.error(
+            "schema",
+            f'{kind} list "conversations" or "messages"; found keys {sorted(map(str, row))[:12]}.',
+        )
+    turns: list[tuple[Role, list[Piece], bool]] = []
+    system = row.get("system") or row.get("system_prompt")
+    if isinstance(system, str):
+        turns.append(("system", [system], False))
+    for number, message in enumerate(raw):
+        if not isinstance(message, Mapping):
+            raise place.error(
+                "schema", f"has {type(message).__name__} as turn {number}, not an object."
+            )
+        name = message.get("from")
+        if name is None:
+            name = message.get("role")
+        role = _ROLES.get(name) if isinstance(name, str) else None
+        if role is None:
+            raise place.error(
+                "schema", f"has role {name!r} in turn {number}; known: {', '.join(_ROLES)}."
+            )
+        content = message.get("value")
+        if content is None:
+            content = message.get("content")
+        pieces = _pieces(content, number, attrs, place)
+        train = (
+            role == "assistant"
+            and message.get("train") is not False
+            and message.get("weight") not in (0, 0.0)
+        )
+        turns.append((role, pieces, train))
+    return turns
+
+
+def check_turns(turns: list[tuple[Role, list[Piece], bool]], place: Place) -> None:
+    """Order of roles, presence of answers, and no media outside user turns."""
+    expected: Role | None = None
+    for number, (role, _, _) in enumerate(turns):
+        if role == "system" and number == 0:
+            continue
+        if role != (expected or "user"):
+            before = turns[number - 1][0] if number else "nothing"
+            raise place.error(
+                "turn_order",
+                f"has a {role} turn after {before} (turn {number}); turns must alternate user, assistant.",
+            )
+        expected = "assistant" if role == "user" else "user"
+    for number, (role, pieces, _) in enumerate(turns):
+        if role == "user":
+            continue
+        if any(not isinstance(p, str) for p in pieces):
+            raise place.error(
+                "marker_in_answer",
+                f"has a media marker in {role} turn {number}; only user turns may hold media.",
+            )
+        if role == "assistant" and not any(p.strip() for p in cast("list[str]", pieces)):
+            raise place.error("empty_answer", f"has an empty answer in turn {number}.")
+    if not turns or turns[-1][0] != "assistant":
+        raise place.error(
+            "no_answer", "does not end with an assistant turn, so nothing can be learnt."
+        )
+
+
+def media_fields(
+    row: Row, attrs: SourceAttrs, place: Place
+) -> tuple[list[MediaRef], list[MediaRef]]:
+    """Images and videos of the row's media fields, each in order."""
+    clip = _clip(row, place)
+    images = _field_media(row, "image", "image", attrs, place, None)
+    images += _field_media(row, "images", "image", attrs, place, None)
+    videos = _field_media(row, "video", "video", attrs, place, clip)
+    videos += _field_media(row, "videos", "video", attrs, place, clip)
+    if images and not videos and row.get("type") == "video":
+        images, videos = [], _images_as_videos(row, images, clip)
+    return images, videos
+
+
+def _images_as_videos(
+    row: Row, images: list[MediaRef], clip: tuple[float, float] | None
+) -> list[MediaRef]:
+    """VST keeps a video in ``images``: as one mp4, or as its frames."""
+    cells = row.get("images")
+    frames = [
+        cell
+        for cell in (cells if isinstance(cells, list) else [])
+        if isinstance(cell, Mapping)
+        and isinstance(cell.get("path"), str)
+        and suffix(cell["path"]) in IMAGE_SUFFIXES
+    ]
+    if len(images) > 1 and len(frames) == len(images) and images[0].store == "cell":
+        members = "\n".join([ref.member for ref in images])
+        return [MediaRef("video", "cell", images[0].path, members, clip_s=clip)]
+    return [MediaRef("video", ref.store, ref.path, ref.member, clip_s=clip) for ref in images]
+
+
+def number_or_none(value: Any) -> float | None:
+    """A finite number as float; anything else is None."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def _text_or_none(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _capability(row: Row, attrs: SourceAttrs, fmt: Format) -> str | None:
+    for key in fmt.capability_keys:
+        raw = row.get(key)
+        if isinstance(raw, str) and raw:
+            return raw if attrs.capability_map is None else attrs.capability_map.get(raw)
+    return None
+
+
+def _clip(row: Row, place: Place) -> tuple[float, float] | None:
+    start, end = row.get("video_start"), row.get("video_end")
+    if start is None and end is None:
+        return None
+    first = 0.0 if start is None else number_or_none(start)
+    last = number_or_none(end)
+    if first is None or last is None or not 0 <= first < last:
+        raise place.error(
+            "schema",
+            f"has video_start {start!r} and video_end {end!r}; expected seconds, start < end.",
+        )
+    return first, last
+
+
+def _field_media(
+    row: Row,
+    key: str,
+    kind: str,
+    attrs: SourceAttrs,
+    place: Place,
+    clip: tuple[float, float] | None,
+) -> list[MediaRef]:
+    value = row.get(key)
+    if value is None or value == "" or value == []:
+        return []
+    if not isinstance(value, list):
+        return [_medium(value, kind, key, -1, attrs, place, clip)]
+    paths = [v for v in value if isinstance(v, str)]
+    if (
+        kind == "video"
+        and len(paths) == len(value)
+        and all(suffix(p) in IMAGE_SUFFIXES for p in paths)
+    ):
+        return [video_ref(attrs.base, paths, clip)]  # the frames of one video
+    return [
+        _medium(item, kind, key, number, attrs, place, clip)
+        for number, item in enumerate(value)
+        if item is not None and item != ""
+    ]
+
+
+def _medium(
+    value: Any,
+    kind: str,
+    key: str,
+    item: int,
+    attrs: SourceAttrs,
+    place: Place,
+    clip: tuple[float, float] | None,
+) -> MediaRef:
+    """One entry of a media field: a path, ``{bytes, path}``, or a nested typed part."""
+    if isinstance(value, str):
+        if kind == "image":
+            return MediaRef("image", "file", media_path(attrs.base, value))
+        return video_ref(attrs.base, value, clip)
+    if (
+        isinstance(value, list)
+        and kind == "video"
+        and value
+        and all(isinstance(v, str) for v in value)
+    ):
+        return video_ref(attrs.base, value, clip)
+    if isinstance(value, Mapping):
+        if value.get("bytes"):
+            ref_kind = "video" if kind == "video" else "image"
+            return MediaRef(
+                cast("Any", ref_kind), "cell", place.file, f"{place.row}/{key}/{item}", clip_s=clip
+            )
+        for name in ("path", "image", "url", "image_url", "video", "video_url"):
+            nested = value.get(name)
+            if nested is not None and nested != "":
+                return _medium(nested, kind, key, item, attrs, place, clip)
+    raise place.error(
+        "schema",
+        f'has {_short(value)} in "{key}"; expected a path, a list of paths, or {{bytes, path}}.',
+    )
+
+
+def _pieces(content: Any, number: int, attrs: SourceAttrs, place: Place) -> list[Piece]:
+    if isinstance(content, str):
+        return _split(content)
+    if isinstance(content, Mapping):
+        content = [content]
+    if not isinstance(content, list):
+        raise place.error(
+            "schema",
+            f"has {_short(content)} as content of turn {number}; expected text or a list of parts.",
+        )
+    pieces: list[Piece] = []
+    for part in content:
+        if isinstance(part, str):
+            pieces += _split(part)
+            continue
+        if not isinstance(part, Mapping):
+            raise place.error("schema", f"has {_short(part)} as a part of turn {number}.")
+        kind = part.get("type") or next(
+            (k for k in ("text", "image_url", "image", "video_url", "video") if part.get(k)), None
+        )
+        if kind == "text" and isinstance(part.get("text"), str):
+            pieces += _split(part["text"])
+        elif kind in ("image", "image_url", "video", "video_url"):
+            name = "image" if kind.startswith("image") else "video"
+            payload = (
+                part.get(kind)
+                or part.get(name)
+                or part.get(f"{name}_url")
+                or part.get("path")
+                or part.get("url")
+            )
+            if payload is None:
+                pieces.append(_IMAGE if name == "image" else _VIDEO)
+            else:
+                clip = _clip(part, place) if name == "video" else None
+                pieces.append(_medium(payload, name, kind, -1, attrs, place, clip))
+        else:
+            raise place.error(
+                "schema",
+                f"has {_short(part)} as a part of turn {number}; known types: text, image, image_url, video.",
+            )
+    return pieces
+
+
+def _split(text: str) -> list[Piece]:
+    """Text cut at its markers; white space stays as written."""
+    if "<" not in text:
+        return [text]
+    cut = _MARKER.split(text)
+    if len(cut) == 1:
+        return [text]
+    pieces: list[Piece] = []
+    for number, piece in enumerate(cut):
+        if number % 2:
+            pieces.append(_VIDEO if "video" in piece else _IMAGE)
+        elif piece:
+            pieces.append(piece)
+    return pieces
+
+
+def _assign(
+    turns: list[tuple[Role, list[Piece], bool]],
+    images: list[MediaRef],
+    videos: list[MediaRef],
+    place: Place,
+) -> list[MediaRef]:
+    """Replace markers by indices into the media list, in marker order; returns that list."""
+    num_image = sum([pieces.count(_IMAGE) for _, pieces, _ in turns])
+    num_video = sum([pieces.count(_VIDEO) for _, pieces, _ in turns])
+    inline = any(isinstance(p, MediaRef) for _, pieces, _ in turns for p in pieces)
+    if not (num_image or num_video or inline):
+        if images or videos:
+            first_user = next(pieces for role, pieces, _ in turns if role == "user")
+            first_user[:0] = [_IMAGE] * len(images) + [_VIDEO] * len(videos)
+    else:
+        if videos and not images and not num_video:
+            images, videos = videos, []  # <image> marks a video (VSI-590K, VLM-3R, ViCA)
+        _check_counts(num_image, num_video, images, videos, place)
+    queues = {_IMAGE: iter(images), _VIDEO: iter(videos)}
+    media: list[MediaRef] = []
+    for _, pieces, _ in turns:
+        for number, piece in enumerate(pieces):
+            if isinstance(piece, str):
+                continue
+            media.append(piece if isinstance(piece, MediaRef) else next(queues[piece]))
+            pieces[number] = len(media) - 1
+    return media
+
+
+def _check_counts(
+    num_image: int, num_video: int, images: list[MediaRef], videos: list[MediaRef], place: Place
+) -> None:
+    for kind, markers, media in (("image", num_image, images), ("video", num_video, videos)):
+        if markers == len(media):
+            continue
+        noun = media[0].kind if media else kind
+        fix = f'Add the missing path to "{noun}" or remove a marker.'
+        if markers < len(media):
+            fix = "Add a marker or remove a path."
+        raise place.error(
+            "marker_count",
+            f"has {markers} <{kind}> marker{'s' * (markers != 1)} and "
+            f"{len(media)} {noun}{'s' * (len(media) != 1)}. {fix}",
+        )
+
+
+def _check_excluded(row: Row, media: Iterable[MediaRef], attrs: SourceAttrs, place: Place) -> None:
+    names = [row.get("scene_name"), row.get("scene_id"), row.get("data_source")]
+    for ref in media:
+        names += ref.path.split("/")
+    for name in names:
+        if isinstance(name, str) and name.startswith(attrs.exclude_prefixes):
+            raise place.error(
+                "excluded", f"is left out: {name!r} starts with a prefix of exclude_prefixes."
+            )
+
+
+def _markers_to_front(turns: list[tuple[Role, list[Piece], bool]]) -> None:
+    """Move the media of the first user turn before its text, which makes such rows groupable."""
+    pieces = next(pieces for role, pieces, _ in turns if role == "user")
+    media = [p for p in pieces if not isinstance(p, str)]
+    text = "".join(p for p in pieces if isinstance(p, str)).strip()
+    if media:
+        pieces[:] = [*media, "\n" + text]
+
+
+def _fix_answers(turns: list[tuple[Role, list[Piece], bool]], fixes: tuple[str, ...]) -> None:
+    assert fixes == ("python_literal_json",), f"unknown fixes {fixes}"
+    for role, pieces, _ in turns:
+        if role == "assistant":
+            pieces[:] = [python_literal_to_json("".join(cast("list[str]", pieces)))]
+
+
+def python_literal_to_json(text: str) -> str:
+    """An answer that is a Python list or dict literal, rewritten as JSON; any other text unchanged."""
+    stripped = text.strip()
+    if not stripped or stripped[0] not in "[{":
+        return text
+    try:
+        return json.dumps(ast.literal_eval(stripped), ensure_ascii=False)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
