@@ -265,7 +265,7 @@ def _warn_math_attention(frames: Tensor, num_tokens: int) -> None:
     if (
         frames.is_cuda
         and num_tokens > MATH_ATTENTION_LIMIT
-        and not any(enabled() for enabled in fused)
+        and not any(enabled() for enabled in fused)  # type: ignore[no-untyped-call]
     ):
         warnings.warn(
             f"global attention over {num_tokens} tokens runs on the math backend and needs memory "
