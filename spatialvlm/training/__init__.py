@@ -1,1 +1,4 @@
-"""The loop and everything around it: engines, checkpoints, metrics, reports."""
+"""The training loop and everything it needs: engines, checkpoints, guard, trackers, estimates.
+
+Start reading at :func:`spatialvlm.training.loop.train`.
+"""

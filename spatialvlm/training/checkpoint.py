@@ -1,0 +1,514 @@
+"""Checkpoints that survive kill -9, bit flips, full disks, and a change of strategy or world size.
+
+```
+checkpoints/step-00001200/
+  state-00003-of-00008.safetensors   param/<fqn>, exp_avg/<fqn>, exp_avg_sq/<fqn>: 1-D fp32 slices
+  rng-00003-of-00008.safetensors     random generators of that rank
+  index.safetensors                  rows (parameter, file, offset, numel), names, logical shapes
+  train_state.json                   counters, loader position, guard
+  config.resolved.yaml
+  manifest.json                      {file: [bytes, sha256]}, versions, world size, strategy
+  COMPLETE                           sha256 of manifest.json
+```
+
+A save goes: free space -> ``step-N.tmp`` -> every rank streams its files, hashing while writing, fsync ->
+sizes and hashes gathered -> rank 0 writes index, state, manifest, marker, fsync, rename, fsync of the parent
+-> prune. Only rank 0 renames and deletes, and only inside ``checkpoints/``. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from spatialvlm.errors import CheckpointError
+from spatialvlm.training.distributed import Processes
+from spatialvlm.training.engines import Engine
+from spatialvlm.training.faults import fault_point
+from spatialvlm.training.optim import Group
+from spatialvlm.training.slices import KINDS, Slice
+from spatialvlm.training.state import pack_rng, unpack_rng, versions, write_json
+
+FORMAT = 1
+_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.uint8: "U8"}
+
+
+def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> tuple[int, str]:
+    """Stream tensors into one safetensors file, hashing on the way; returns (bytes, sha256).
+
+    Unlike the library's writer it never holds more than one tensor on the host.
+    """
+    items = list(tensors)
+    header: dict[str, Any] = {}
+    at = 0
+    for name, tensor in items:
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + size],
+        }
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for chunk in (struct.pack("<Q", len(text)), text):
+            digest.update(chunk)
+            file.write(chunk)
+        for _, tensor in items:
+            if not tensor.numel():
+                continue
+            data = memoryview(tensor.detach().cpu().contiguous().numpy()).cast("B")
+            digest.update(data)
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return 8 + len(text) + at, digest.hexdigest()
+
+
+def file_digest(path: Path) -> tuple[int, str]:
+    """Size and sha256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    return path.stat().st_size, digest.hexdigest()
+
+
+def _fsync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _fsync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def step_of(path: Path) -> int:
+    """Step number in a checkpoint's name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first (finished by name; :func:`verify` decides)."""
+    return sorted(
+        p for p in folder.glob("step-" + "[0-9]" * 8) if p.is_dir() and not p.is_symlink()
+    )
+
+
+def to_prune(
+    found: Sequence[Path], *, keep_last: int, keep_every: int | None, newest_verified: Path | None
+) -> list[Path]:
+    """Which checkpoints may go: never the newest ``keep_last``, a kept multiple, or the last verified one."""
+    protected = set(found[-max(2, keep_last) :])
+    if keep_every:
+        protected |= {p for p in found if step_of(p) % keep_every == 0}
+    if newest_verified is not None:
+        protected.add(newest_verified)
+    return [p for p in found if p not in protected]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Small things that go into a checkpoint beside the slices."""
+
+    state: Mapping[str, Any]
+    """Counters of the run."""
+    guard: Mapping[str, Any]
+    config_yaml: str
+    facts: Mapping[str, Any]
+    """Recorded in the manifest: stage, lineage, base fingerprint, config hash, git."""
+
+
+class CheckpointStore:
+    """Saves, verifies, loads and prunes the checkpoints of one run.
+
+    Args:
+        folder: ``<run.dir>/checkpoints``.
+        processes: Ranks.
+        keep_last: Newest checkpoints kept, at least 2.
+        keep_every: Multiples of this step are kept for good.
+        verify_mode: ``full`` = every hash before use; ``sizes`` = names and sizes only.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        processes: Processes,
+        *,
+        keep_last: int = 2,
+        keep_every: int | None = None,
+        verify_mode: Literal["full", "sizes"] = "full",
+    ) -> None:
+        self.folder = folder
+        self.processes = processes
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+        self.verify_mode = verify_mode
+        self._newest: Path | None = None
+
+    # ---- saving -------------------------------------------------------------------------------------
+
+    def save(self, step: int, engine: Engine, snapshot: Snapshot) -> Path:
+        """Write one checkpoint; on return it is complete on all ranks.
+
+        Raises:
+            CheckpointError: On every rank alike, when any rank could not write; older ones are untouched.
+        """
+        rank, size = self.processes.rank, self.processes.size
+        final = self.folder / f"step-{step:08d}"
+        work = self.folder / f"step-{step:08d}.tmp"
+        slices = engine.slices(loading=False)
+        problem = ""
+        if self.processes.is_main:
+            try:
+                self._begin(work, engine.groups)
+            except OSError as error:
+                problem = f"{work}: {error}"
+        problem = self.processes.broadcast(problem)
+        if problem:
+            raise CheckpointError(f"Cannot start a checkpoint in {problem}")
+        fault_point("save.tmp", step=step, rank=rank)
+        files: dict[str, tuple[int, str]] = {}
+        rows: list[tuple[str, int, int]] = [(s.fqn, s.offset, s.numel) for s in slices]
+        try:
+            suffix = f"{rank:05d}-of-{size:05d}.safetensors"
+            fault_point("save.write", step=step, rank=rank)
+            files[f"state-{suffix}"] = write_safetensors(
+                work / f"state-{suffix}",
+                ((f"{kind}/{s.fqn}", s.views[kind]) for kind in KINDS for s in slices),
+            )
+            fault_point("save.written", step=step, rank=rank)
+            files[f"rng-{suffix}"] = write_safetensors(work / f"rng-{suffix}", pack_rng().items())
+        except OSError as error:
+            problem = f"rank {rank}: {error}"
+        answers = self.processes.gather((problem, files, rows))
+        problems = [p for p, _, _ in answers if p]
+        if not problems and self.processes.is_main:
+            try:
+                self._commit(step, work, final, engine, snapshot, answers)
+            except OSError as error:
+                problems = [f"rank 0: {error}"]
+        problems = self.processes.broadcast(problems)
+        if problems:
+            if self.processes.is_main:
+                shutil.rmtree(work, ignore_errors=True)
+            raise CheckpointError(
+                f"Checkpoint {final} was not written ({'; '.join(problems)}). Older checkpoints are untouched. "
+                "Free space or fix the file system, then resume."
+            )
+        self._newest = final
+        if self.processes.is_main:
+            self.prune()
+        return final
+
+    def _begin(self, work: Path, groups: Sequence[Group]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        expected = 12 * sum(group.numel for group in groups)
+        free = shutil.disk_usage(self.folder).free
+        if free < 1.1 * expected:
+            raise OSError(28, f"{free / 1e9:.2f} GB free, {1.1 * expected / 1e9:.2f} GB needed")
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+
+    def _commit(
+        self,
+        step: int,
+        work: Path,
+        final: Path,
+        engine: Engine,
+        snapshot: Snapshot,
+        answers: Sequence[tuple[str, dict[str, tuple[int, str]], list[tuple[str, int, int]]]],
+    ) -> None:
+        rank = self.processes.rank
+        files = {name: entry for _, own, _ in answers for name, entry in own.items()}
+        files["index.safetensors"] = _write_index(
+            work / "index.safetensors", engine.groups, [rows for _, _, rows in answers]
+        )
+        fault_point("save.index", step=step, rank=rank)
+        write_json(
+            work / "train_state.json",
+            {"format": FORMAT, "counters": snapshot.state, "guard": snapshot.guard},
+        )
+        (work / "config.resolved.yaml").write_text(snapshot.config_yaml, encoding="utf-8")
+        for name in ("train_state.json", "config.resolved.yaml"):
+            _fsync_file(work / name)
+            files[name] = file_digest(work / name)
+        write_json(
+            work / "manifest.json",
+            {
+                "format": FORMAT,
+                "step": step,
+                "world_size": self.processes.size,
+                "strategy": engine.strategy,
+                "versions": versions(),
+                **snapshot.facts,
+                "files": {name: list(files[name]) for name in sorted(files)},
+            },
+        )
+        _fsync_file(work / "manifest.json")
+        fault_point("save.manifest", step=step, rank=rank)
+        marker = work / "COMPLETE"
+        marker.write_text(file_digest(work / "manifest.json")[1])
+        _fsync_file(marker)
+        _fsync_folder(work)
+        fault_point("save.marker", step=step, rank=rank)
+        if final.exists():
+            shutil.rmtree(final)
+        work.rename(final)
+        fault_point("save.renamed", step=step, rank=rank)
+        _fsync_folder(self.folder)
+
+    def prune(self) -> None:
+        """Delete what is no longer kept; a failed delete is a warning."""
+        found = checkpoints_in(self.folder)
+        for path in to_prune(
+            found,
+            keep_last=self.keep_last,
+            keep_every=self.keep_every,
+            newest_verified=self._newest,
+        ):
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                warnings.warn(f"cannot delete the old checkpoint {path}: {error}", stacklevel=2)
+
+    # ---- finding and loading --------------------------------------------------------------------------
+
+    def newest_valid(self) -> tuple[Path | None, list[str]]:
+        """Newest checkpoint that verifies, and why newer ones were rejected; equal on all ranks."""
+        answer: tuple[Path | None, list[str]] = (None, [])
+        if self.processes.is_main:
+            rejected: list[str] = []
+            chosen: Path | None = None
+            for leftover in self.folder.glob("step-*.tmp"):
+                shutil.rmtree(leftover, ignore_errors=True)
+                rejected.append(f"{leftover.name}: left by an interrupted save, removed")
+            for path in reversed(checkpoints_in(self.folder)):
+                try:
+                    verify(path, mode=self.verify_mode)
+                except CheckpointError as error:
+                    rejected.append(str(error))
+                else:
+                    chosen = path
+                    break
+            answer = (chosen, rejected)
+        chosen, rejected = self.processes.broadcast(answer)
+        self._newest = chosen
+        return chosen, rejected
+
+    def verified(self, path: Path) -> Path:
+        """``path`` when it verifies; equal on all ranks.
+
+        Raises:
+            CheckpointError: Naming the failing file.
+        """
+        problem = ""
+        if self.processes.is_main:
+            try:
+                verify(path, mode=self.verify_mode)
+            except CheckpointError as error:
+                problem = str(error)
+        problem = self.processes.broadcast(problem)
+        if problem:
+            raise CheckpointError(problem)
+        self._newest = path
+        return path
+
+
+def verify(path: Path, *, mode: Literal["full", "sizes"] = "full") -> dict[str, Any]:
+    """Check a checkpoint before anything is read from it; returns the manifest.
+
+    Raises:
+        CheckpointError: Naming the checkpoint and the first file that is missing or differs.
+    """
+    if not path.is_dir() or path.is_symlink() or any(p.is_symlink() for p in path.iterdir()):
+        raise CheckpointError(f"{path} is not a checkpoint directory without symbolic links.")
+    try:
+        marker = (path / "COMPLETE").read_text().strip()
+        manifest_bytes = (path / "manifest.json").read_bytes()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: incomplete, {error}") from error
+    if hashlib.sha256(manifest_bytes).hexdigest() != marker:
+        raise CheckpointError(f"{path}: manifest.json does not match COMPLETE.")
+    manifest: dict[str, Any] = json.loads(manifest_bytes)
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"{path}: format {manifest['format']}, this version reads {FORMAT}.")
+    for name, (size, digest) in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{path}: {name} is missing.")
+        if file.stat().st_size != size:
+            raise CheckpointError(
+                f"{path}: {name} has {file.stat().st_size} bytes, expected {size}."
+            )
+        if mode == "full" and file_digest(file)[1] != digest:
+            raise CheckpointError(f"{path}: {name} has another sha256 than when it was written.")
+    Index.read(path)
+    return manifest
+
+
+def _write_index(
+    path: Path, groups: Sequence[Group], rows_of_rank: Sequence[Sequence[tuple[str, int, int]]]
+) -> tuple[int, str]:
+    names = [fqn for group in groups for fqn in group.fqns]
+    shapes = [list(shape) for group in groups for shape in group.shapes]
+    number = {fqn: i for i, fqn in enumerate(names)}
+    rows = [
+        (number[fqn], rank, offset, numel)
+        for rank, own in enumerate(rows_of_rank)
+        for fqn, offset, numel in own
+    ]
+    table = json.dumps({"names": names, "shapes": shapes, "files": len(rows_of_rank)}).encode()
+    tensors = {
+        "rows": torch.tensor(sorted(rows), dtype=torch.int64).view(-1, 4),
+        "table": torch.frombuffer(bytearray(table), dtype=torch.uint8),
+    }
+    return write_safetensors(path, tensors.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """Which file holds which piece of which parameter."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    pieces: dict[str, list[tuple[int, int, int]]]
+    """fqn -> (offset, numel, file), ascending; they tile the parameter exactly once."""
+    num_files: int
+
+    @classmethod
+    def read(cls, path: Path) -> Index:
+        """Read and check ``index.safetensors`` of a checkpoint.
+
+        Raises:
+            CheckpointError: Unreadable, or the pieces of a parameter overlap or leave a gap.
+        """
+        try:
+            with safe_open(path / "index.safetensors", framework="pt") as file:
+                rows = file.get_tensor("rows").tolist()
+                table = json.loads(bytes(file.get_tensor("table").numpy()).decode())
+        except (OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path}: index.safetensors cannot be read: {error}") from error
+        names = table["names"]
+        shapes = {n: tuple(s) for n, s in zip(names, table["shapes"], strict=True)}
+        pieces: dict[str, list[tuple[int, int, int]]] = {n: [] for n in names}
+        for number, file_number, offset, numel in rows:
+            pieces[names[number]].append((offset, numel, file_number))
+        for name, own in pieces.items():
+            own.sort()
+            at = 0
+            for offset, numel, _ in own:
+                if offset != at:
+                    raise CheckpointError(
+                        f"{path}: slices of {name} overlap or leave a gap at element {at}."
+                    )
+                at += numel
+            if at != int(np.prod(shapes[name], dtype=np.int64)):
+                raise CheckpointError(
+                    f"{path}: slices of {name} hold {at} elements, shape {shapes[name]}."
+                )
+        return cls(path, shapes, pieces, table["files"])
+
+    def file(self, number: int) -> Path:
+        """State file of the rank that wrote it."""
+        return self.path / f"state-{number:05d}-of-{self.num_files:05d}.safetensors"
+
+
+class SliceReader:
+    """Reads ranges of flattened parameters from a checkpoint through memory maps."""
+
+    def __init__(self, path: Path) -> None:
+        self.index = Index.read(path)
+        self._open: dict[int, Any] = {}
+
+    def read(self, kind: str, fqn: str, start: int, stop: int) -> Tensor:
+        """Elements ``[start, stop)`` of one kind of one parameter, fp32 1-D."""
+        out = torch.empty(stop - start, dtype=torch.float32)
+        for offset, numel, number in self.index.pieces[fqn]:
+            left, right = max(start, offset), min(stop, offset + numel)
+            if left >= right:
+                continue
+            if number not in self._open:
+                self._open[number] = safe_open(self.index.file(number), framework="pt").__enter__()
+            piece = self._open[number].get_slice(f"{kind}/{fqn}")[left - offset : right - offset]
+            out[left - start : right - start] = piece
+        return out
+
+    def tensor(self, fqn: str) -> Tensor:
+        """A whole parameter in its logical shape, fp32."""
+        shape = self.index.shapes[fqn]
+        return self.read("param", fqn, 0, int(np.prod(shape, dtype=np.int64))).view(shape)
+
+
+def load_slices(path: Path, slices: Sequence[Slice], groups: Sequence[Group]) -> None:
+    """Fill an engine's views from a checkpoint written by any strategy and world size.
+
+    Raises:
+        CheckpointError: The trainable parameters differ by name or shape.
+    """
+    reader = SliceReader(path)
+    planned = {fqn: shape for g in groups for fqn, shape in zip(g.fqns, g.shapes, strict=True)}
+    if planned != reader.index.shapes:
+        only_here = sorted(set(planned) - set(reader.index.shapes))[:3]
+        only_there = sorted(set(reader.index.shapes) - set(planned))[:3]
+        other = [
+            n for n in planned if n in reader.index.shapes and planned[n] != reader.index.shapes[n]
+        ][:3]
+        raise CheckpointError(
+            f"{path} holds other trainable parameters than this run: only in the run {only_here}, only in the "
+            f"checkpoint {only_there}, other shape {other}. Use the configuration it was written with."
+        )
+    for piece in slices:
+        for kind in KINDS:
+            piece.views[kind].copy_(
+                reader.read(kind, piece.fqn, piece.offset, piece.offset + piece.numel)
+            )
+
+
+def load_checkpoint(path: Path, engine: Engine, processes: Processes) -> dict[str, Any]:
+    """Restore weights, moments and (same world size) random states; returns ``train_state.json``.
+
+    Raises:
+        CheckpointError: Missing counters or random states, or other parameters.
+    """
+    try:
+        state: dict[str, Any] = json.loads((path / "train_state.json").read_text())
+        counters = state["counters"]
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise CheckpointError(f"{path}: train_state.json cannot be used: {error}") from error
+    load_slices(path, engine.slices(loading=True), engine.groups)
+    engine.after_load(int(counters["adam_step"]))
+    manifest = json.loads((path / "manifest.json").read_text())
+    state["same_world"] = manifest["world_size"] == processes.size
+    return state
+
+
+def restore_rng(path: Path, processes: Processes) -> None:
+    """Continue this rank's random generators exactly where the checkpoint left them.
+
+    Raises:
+        CheckpointError: The file is missing or does not cover every generator.
+    """
+    file = path / f"rng-{processes.rank:05d}-of-{processes.size:05d}.safetensors"
+    try:
+        with safe_open(file, framework="pt") as opened:
+            unpack_rng({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error

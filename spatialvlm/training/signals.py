@@ -1,0 +1,34 @@
+"""SIGTERM, SIGINT and SIGUSR1 become a flag that all ranks agree on at the next step border."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopFlag:
+    """Set by the first signal; a second one ends the process at once with code 143."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.name is not None
+
+    def request(self, reason: str) -> None:
+        """Ask for a save and a clean exit at the next step border."""
+        self.name = self.name or reason
+
+    def install(self) -> None:
+        """Take over the signals of this process (main thread only)."""
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.name is not None and self.name.startswith("SIG"):
+            os._exit(143)
+        self.name = signal.Signals(number).name

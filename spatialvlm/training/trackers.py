@@ -1,0 +1,154 @@
+"""Where scalars go: JSON lines always, wandb and TensorBoard when asked for.
+
+A tracker that fails is reported once and dropped; training goes on.
+"""
+
+# ruff: noqa: D102 - the methods are documented once, in Tracker
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from spatialvlm.errors import ConfigError
+
+
+class Tracker(Protocol):
+    """Receives one dict of scalars per log step."""
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write one step."""
+
+    def close(self) -> None:
+        """Flush and release."""
+
+
+class JsonLines:
+    """``metrics.jsonl``: one object per log step with ``step``, ``time``, ``attempt``.
+
+    A resumed run replays steps under a higher ``attempt``; readers use the last.
+    """
+
+    def __init__(self, path: Path, *, attempt: int) -> None:
+        self._file = path.open("a", encoding="utf-8")
+        self._attempt = attempt
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        record = {"step": step, "time": round(time.time(), 3), "attempt": self._attempt}
+        # JSON knows neither NaN nor Infinity.
+        record |= {k: v if math.isfinite(v) else None for k, v in scalars.items()}  # type: ignore[misc]
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files under ``<run.dir>/tensorboard``."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            msg = 'log.tensorboard needs the package: pip install -e ".[tensorboard]".'
+            raise ConfigError(msg) from error
+        self._writer: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """Weights & Biases, same run after a resume; console, code, git and arguments are not captured."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        project: str,
+        entity: str | None,
+        mode: str,
+        tags: Sequence[str],
+        config: Mapping[str, Any],
+        run_id: str | None,
+    ) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            msg = "log.wandb needs the package: pip install wandb. Or set log.wandb to null."
+            raise ConfigError(msg) from error
+        settings = wandb.Settings(
+            console="off", disable_git=True, save_code=False, disable_code=True, x_disable_meta=True, silent=True
+        )  # fmt: skip
+        self.run: Any = wandb.init(
+            project=project,
+            entity=entity,
+            mode=mode,
+            tags=list(tags),
+            dir=str(folder),
+            config=dict(config),
+            id=run_id,
+            resume="allow",
+            settings=settings,
+        )
+
+    @property
+    def run_id(self) -> str:
+        """Saved with checkpoints, so that a resumed run continues the same curves."""
+        return str(self.run.id)
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        self.run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Trackers:
+    """All trackers of a run; rank 0 only."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._live = list(trackers)
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Hand the scalars to every tracker that still works."""
+        for tracker in list(self._live):
+            try:
+                tracker.log(step, scalars)
+            except Exception as error:  # noqa: BLE001 - a third-party tracker must not end a training run
+                self._live.remove(tracker)
+                sys.stderr.write(f"{type(tracker).__name__} failed and is dropped: {error}\n")
+
+    def close(self) -> None:
+        """Close every tracker."""
+        for tracker in self._live:
+            tracker.close()
+
+
+def append_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one object to a JSON-lines file of the run folder."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Log lines by step, the last attempt of each; unreadable tails (a kill while writing) are left out."""
+    if not path.is_file():
+        return []
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        by_step[record["step"]] = record
+    return [by_step[step] for step in sorted(by_step)]

@@ -1,0 +1,110 @@
+"""Two gloo processes, every strategy in one launch; prints one JSON object on rank 0."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+os.environ["DS_ACCELERATOR"] = "cpu"
+import deepspeed.ops  # noqa: E402
+from tests.unit.training.fakes import RATES, FakeLoader, FakeVLM, make_batch, prepare  # noqa: E402
+
+from spatialvlm.training.checkpoint import CheckpointStore, Snapshot, SliceReader, load_checkpoint  # noqa: E402
+from spatialvlm.training.distributed import Processes  # noqa: E402
+from spatialvlm.training.engines import deepspeed_settings, make_engine  # noqa: E402
+from spatialvlm.training.optim import set_lrs, verify_groups  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[3]
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def engine_for(strategy, processes, seed=0, rates=RATES):
+    torch.manual_seed(1)
+    model = FakeVLM(seed)
+    _, groups, factory = prepare(model, rates)
+    settings = None
+    if strategy.startswith("zero"):
+        file = ROOT / "configs" / "deepspeed" / f"{strategy}_cpu.json"
+        settings = deepspeed_settings(
+            json.loads(file.read_text()), bf16=False, max_grad_norm=0.5, reduce_dtype="fp32"
+        )
+    return make_engine(
+        strategy,
+        model,
+        groups,
+        factory,
+        processes,
+        max_grad_norm=0.5,
+        bf16=False,
+        deepspeed=settings,
+    )
+
+
+def run_steps(engine, processes, start, stop, poison=(), kinds=None):
+    loader = FakeLoader(
+        rank=processes.rank, size=processes.size, start=start, poison=poison, kinds=kinds
+    )
+    losses, norms, applied = [], [], []
+    for step, data in zip(range(start, stop), loader, strict=False):
+        total = torch.tensor([data.denominator_local], dtype=torch.float64)
+        processes.sum(total)
+        set_lrs(engine.optimizer, engine.groups, 1.0 / (step + 1))
+        loss = torch.zeros(1, dtype=torch.float64)
+        for i, batch in enumerate(data.batches):
+            with engine.micro_step(last=i + 1 == len(data.batches)):
+                out = engine(batch)
+                engine.backward(out.loss_sum * (processes.size / total.item()))
+            loss += out.loss_sum.detach().double()
+        found = engine.grad_norms(due=True)
+        norms.append({k: float(v) for k, v in found.items()})
+        applied.append(engine.step(found))
+        losses.append((processes.sum(loss) / total).item())
+    return losses, norms, applied
+
+
+def main():
+    out_dir = Path(sys.argv[1])
+    strategies = sys.argv[2].split(",")
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    objects = None
+    if size > 1:
+        dist.init_process_group("gloo", timeout=dt.timedelta(seconds=60))
+        objects = dist.new_group(backend="gloo")
+    rank = dist.get_rank() if size > 1 else 0
+    processes = Processes(rank, size, torch.device("cpu"), 60.0, objects)
+    result = {}
+    for strategy in strategies:
+        engine = engine_for(strategy, processes)
+        found = {"first": run_steps(engine, processes, 0, 3)}
+        store = CheckpointStore(out_dir / f"{strategy}-{size}", processes)
+        snapshot = Snapshot({"adam_step": 3}, {}, "stage: 1\n", {})
+        path = store.save(3, engine, snapshot)
+        found["second"] = run_steps(engine, processes, 3, 6)
+        verify_groups(engine.optimizer, engine.groups, 1.0 / 6)
+        found["nan"] = run_steps(engine, processes, 6, 8, poison={(6, size - 1)})
+        again = engine_for(strategy, processes, seed=7)
+        load_checkpoint(path, again, processes)
+        found["resumed"] = run_steps(again, processes, 3, 6)
+        store.save(6, again, snapshot)
+        result[strategy] = found
+    for origin in sys.argv[3].split(",") if len(sys.argv) > 3 else []:
+        for strategy in strategies:
+            engine = engine_for(strategy, processes, seed=9)
+            load_checkpoint(out_dir / origin / "step-00000003", engine, processes)
+            result[f"{origin}->{strategy}"] = {"resumed": run_steps(engine, processes, 3, 6)}
+    if rank == 0:
+        (out_dir / f"result-{size}.json").write_text(json.dumps(result))
+    if size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
