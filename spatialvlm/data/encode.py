@@ -1,0 +1,217 @@
+"""One sample -> token ids, labels, kinds and positions, from headers only; and what to do when it is too long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from spatialvlm.data.media.plan import MediaInfo
+from spatialvlm.data.sample import EncodedSample, Sample
+from spatialvlm.data.template import ChatTemplate, TextPiece
+from spatialvlm.errors import DataError
+from spatialvlm.sequence.layout import MediaItem, TokenLayout
+from spatialvlm.typing import (
+    IGNORE_INDEX,
+    KIND_CAMERA,
+    KIND_IMAGE,
+    KIND_SPATIAL,
+    KIND_TEXT,
+    KIND_VIDEO,
+)
+
+_SUPERVISED = np.int64(1 << 40)
+"""Added to supervised ids while the layout moves them around; no vocabulary is that large."""
+
+
+@dataclass(frozen=True, slots=True)
+class OverlongPolicy:
+    """What happens to samples above ``max_length`` tokens.
+
+    ``reject``: the row is not eligible. ``drop_frames``: videos are re-sampled to the largest even number
+    of frames, at least ``min_frames``, that fits. ``truncate_text_turns``: trailing question-answer pairs
+    without media are left out.
+    """
+
+    max_length: int
+    policy: Literal["reject", "drop_frames", "truncate_text_turns"] = "reject"
+    min_frames: int = 8
+
+
+class Fitted(NamedTuple):
+    """A sample that fits."""
+
+    encoded: EncodedSample
+    media: tuple[MediaInfo, ...]
+    """With the frames that were kept."""
+    outcome: Literal["kept", "frames_dropped", "turns_dropped"]
+    tokens_removed: int
+
+
+def geometry_groups(sample: Sample, layout: TokenLayout) -> tuple[int, ...]:
+    """Geometry group of every medium, -1 = none.
+
+    Frames of a video form one group, images of one scene another. ``auto`` encodes videos and images of
+    one scene seen from several places; a single image tells a multi-view encoder nothing new.
+
+    Raises:
+        DataError: ``geometry: on`` for a sample without media.
+    """
+    if sample.geometry == "on" and not sample.media:
+        raise DataError(
+            f"{sample.uid} asks for geometry but has no media; set geometry: auto for its source"
+        )
+    if layout.size is None or layout.insertion == "none" or sample.geometry == "off":
+        return (-1,) * len(sample.media)
+    num_images = sum(ref.kind == "image" for ref in sample.media)
+    groups: list[int] = []
+    scene = -1
+    for ref in sample.media:
+        together = ref.kind == "image" and sample.same_scene and num_images > 1
+        if sample.geometry == "auto" and ref.kind == "image" and not together:
+            groups.append(-1)
+        elif together and scene >= 0:
+            groups.append(scene)
+        else:
+            groups.append(max(groups, default=-1) + 1)
+            scene = groups[-1] if together else scene
+    return tuple(groups)
+
+
+def encode(
+    sample: Sample,
+    media: Sequence[MediaInfo],
+    template: ChatTemplate,
+    layout: TokenLayout,
+    *,
+    train_on: Literal["all", "last"] = "all",
+) -> EncodedSample:
+    """Lay out one sample, whatever its length.
+
+    Args:
+        sample: With turns in their final wording.
+        media: One entry per ``sample.media``.
+        template: Of the checkpoint.
+        layout: Of the run.
+        train_on: Which assistant turns are supervised.
+
+    Raises:
+        DataError: A media token would be supervised, or nothing would be.
+    """
+    return _assemble(
+        sample, media, template.pieces(sample.turns, train_on=train_on), template, layout
+    )
+
+
+def encode_prompt(
+    sample: Sample, media: Sequence[MediaInfo], template: ChatTemplate, layout: TokenLayout
+) -> EncodedSample:
+    """The same up to the header of the last answer, without labels."""
+    return _assemble(sample, media, template.prompt(sample.turns), template, layout)
+
+
+def fit(
+    sample: Sample,
+    media: Sequence[MediaInfo],
+    template: ChatTemplate,
+    layout: TokenLayout,
+    policy: OverlongPolicy,
+    *,
+    train_on: Literal["all", "last"] = "all",
+) -> Fitted:
+    """Encode, and apply the policy when the sample is too long.
+
+    Raises:
+        DataError: Reason ``overlong`` when the policy finds nothing to remove.
+    """
+    encoded = encode(sample, media, template, layout, train_on=train_on)
+    length = len(encoded.input_ids)
+    if length <= policy.max_length:
+        return Fitted(encoded, tuple(media), "kept", 0)
+    if policy.policy == "drop_frames" and not sample.frames_pinned:
+        most = max((len(info.times_s) for info in media), default=0)
+        for count in range((most - 1) // 2 * 2, policy.min_frames - 1, -2):
+            fewer = tuple(info.with_frames(count) for info in media)
+            shorter = encode(sample, fewer, template, layout, train_on=train_on)
+            if len(shorter.input_ids) <= policy.max_length:
+                return Fitted(shorter, fewer, "frames_dropped", length - len(shorter.input_ids))
+    if policy.policy == "truncate_text_turns":
+        turns = sample.turns
+        while len(turns) > 3 and not any(isinstance(part, int) for part in turns[-2].parts):
+            turns = turns[:-2]
+            cut = replace(sample, turns=turns)
+            shorter = encode(cut, media, template, layout, train_on=train_on)
+            if len(shorter.input_ids) <= policy.max_length:
+                return Fitted(
+                    shorter, tuple(media), "turns_dropped", length - len(shorter.input_ids)
+                )
+    raise DataError(
+        f"{sample.uid} has {length} tokens ({encoded.num_visual_tokens} visual, {encoded.num_spatial_tokens} spatial), "
+        f"more than packing.max_length={policy.max_length}"
+        + ("; its frames are pinned, so none was dropped" if sample.frames_pinned else "")
+        + ". Raise packing.max_length, lower the pixel budget of its source, or choose another data.overlong",
+        reason="overlong",
+    )
+
+
+def _assemble(
+    sample: Sample,
+    media: Sequence[MediaInfo],
+    pieces: Sequence[TextPiece | int],
+    template: ChatTemplate,
+    layout: TokenLayout,
+) -> EncodedSample:
+    assert len(media) == len(sample.media), (
+        f"{sample.uid}: {len(media)} headers for {len(sample.media)} media"
+    )
+    groups = geometry_groups(sample, layout)
+    items = [
+        MediaItem(info.ref.kind, info.grid, info.times_s, info.second_per_grid_t, group)
+        for info, group in zip(media, groups, strict=True)
+    ]
+    tagged = [
+        items[piece] if isinstance(piece, int) else piece.ids + _SUPERVISED * piece.supervised
+        for piece in pieces
+    ]
+    expanded = layout.expand(tagged, template.encode)
+    supervised = expanded.input_ids >= _SUPERVISED
+    ids = np.where(supervised, expanded.input_ids - _SUPERVISED, expanded.input_ids)
+    labels = np.where(supervised, ids, IGNORE_INDEX)
+    kind = expanded.token_kind
+    if np.any(kind[supervised] != KIND_TEXT):
+        raise DataError(f"{sample.uid}: a media token would be supervised")
+    counts = np.bincount(kind, minlength=KIND_CAMERA + 1)
+    visual = int(counts[KIND_IMAGE] + counts[KIND_VIDEO])
+    expected = [layout.count(item) for item in items]
+    if visual != sum(v for v, _ in expected):
+        raise DataError(
+            f"{sample.uid}: {visual} visual tokens in the sequence, but its media give {sum(v for v, _ in expected)}"
+        )
+    return EncodedSample(
+        input_ids=ids,
+        labels=labels,
+        token_kind=kind,
+        position_ids=expanded.position_ids,
+        grids=tuple(info.grid for info in media),
+        prefix_len=_media_end(ids, kind, supervised, template.media_end_ids) if media else 0,
+        num_label_tokens=int(supervised.sum()),
+        num_patches=sum(info.num_patches for info in media),
+        num_visual_tokens=visual,
+        num_spatial_tokens=int(counts[KIND_SPATIAL] + counts[KIND_CAMERA]),
+        frames=tuple(info.ref.frames or () for info in media),
+        frame_times_s=tuple(info.times_s for info in media),
+    )
+
+
+def _media_end(
+    ids: np.ndarray, kind: np.ndarray, supervised: np.ndarray, end_ids: tuple[int, ...]
+) -> int:
+    """Tokens up to the end marker of the last medium; 0 when an answer comes before it."""
+    end = int(np.flatnonzero(kind != KIND_TEXT)[-1]) + 1
+    while end < len(ids) and ids[end] in end_ids:
+        end += 1
+    first_answer = int(np.argmax(supervised)) if supervised.any() else len(ids)
+    # The predictor of the first answer token has to lie in the branch.
+    return min(end, first_answer - 1) if end <= first_answer else 0
