@@ -2,7 +2,7 @@
 
 Linear weights may be bfloat16; everything else (norms, rotary tables, layer scale, residual stream)
 is float32. The dtype of a matrix product is the dtype of its weight: inputs are cast right before it.
-This equals float32 weights under bfloat16 autocast, at half the memory.
+Blocks with bfloat16 weights equal blocks with float32 weights under autocast, at half the memory.
 """
 
 from typing import NamedTuple

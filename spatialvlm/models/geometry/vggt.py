@@ -56,8 +56,8 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
         """Patches in raster order, float32."""
-        patches: Tensor = self.proj(x.to(self.proj.weight.dtype))
-        return patches.float().flatten(2).transpose(1, 2)
+        patches: Tensor = self.proj(x)
+        return patches.flatten(2).transpose(1, 2)
 
 
 class DinoVit(nn.Module):
