@@ -1,0 +1,360 @@
+"""Everything tasks ask about one scene, computed once and cached.
+
+Scalars live in Python lists, because a task looks at a few numbers at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from spatialvlm.scenes.boxes import UPRIGHT_TILT_DEG
+from spatialvlm.scenes.cameras import MIN_GROUND_PROJECTION, Camera
+from spatialvlm.scenes.schema import Object, Scene, Vis
+from spatialvlm.scenes.transforms import Array, geodesic_deg, wrap_deg
+from spatialvlm.synthesis.rows import Margin, Reason, Reject
+
+MAX_ROLL_DEG = 20.0
+KNIFE_EDGE = 1e-6
+"""Metres or ratio around a threshold inside which float noise could decide; such candidates go."""
+KNIFE_EDGE_DEG = 1e-4
+FIRST_SEEN_PX = 16
+"""An object cannot have appeared before the first frame with this many pixels (at 640x480)."""
+APPEARED_PX_FRAC = 0.002
+APPEARED_VIS_FRAC = 0.1
+REFERENCE_PIXELS = 640 * 480
+
+
+def require(
+    kind: str, value: float, threshold: float, reason: Reason = Reason.MARGIN, detail: str = ""
+) -> Margin:
+    """Return the margin of a decision, or reject the candidate.
+
+    Args:
+        kind: What was measured; a kind that ends in ``_deg`` is compared in degrees.
+        value: Measured value.
+        threshold: Least value that is allowed.
+        reason: Counted when the value is below the threshold.
+        detail: More words for the person who looks at a single rejection.
+
+    Raises:
+        Reject: Below the threshold, or so close that rounding could decide.
+    """
+    edge = KNIFE_EDGE_DEG if kind.endswith("_deg") else KNIFE_EDGE
+    if abs(value - threshold) < edge:
+        raise Reject(Reason.KNIFE_EDGE, f"{kind} {value:.6f} at {threshold}")
+    if value < threshold:
+        raise Reject(reason, detail or f"{kind} {value:.4f} < {threshold:.4f}")
+    return Margin(kind, value, threshold)
+
+
+def require_range(value: float, low: float, high: float, what: str) -> None:
+    """Reject values outside ``[low, high]``."""
+    if min(abs(value - low), abs(value - high)) < KNIFE_EDGE:
+        raise Reject(Reason.KNIFE_EDGE, f"{what} {value:.6f}")
+    if not low <= value <= high:
+        raise Reject(Reason.OUT_OF_RANGE, f"{what} {value:.3f} not in [{low}, {high}]")
+
+
+def tightest(*margins: Margin) -> Margin:
+    """The margin closest to its threshold."""
+    return min(margins, key=lambda margin: margin.normalised)
+
+
+@dataclass(frozen=True)
+class View:
+    """One frame with the extents of every object in it; lists are indexed by object.
+
+    The level frame has its origin at the camera centre, x to the right, y forward, z up.
+    """
+
+    index: int
+    frame_id: str
+    camera: Camera
+    vis: list[Vis]
+    clean: list[int]
+    """Objects that questions may name here."""
+    depth: list[tuple[float, float]]
+    """``(min, max)`` camera z of the corners, metres."""
+    lateral: list[tuple[float, float]]
+    """``(min, max)`` to the right in the level frame, metres."""
+    forward: list[tuple[float, float]]
+    """``(min, max)`` forward in the level frame, metres."""
+    distance: list[float]
+    """Camera centre to the box, metres."""
+    centroid: list[tuple[float, float]]
+    """Centroid of the visible pixels, or of the projected box."""
+    level_ok: bool
+
+    def is_clean(self, obj: int) -> bool:
+        """Whether questions may name ``obj`` in this frame."""
+        return obj in self.clean
+
+    def state(self, obj: int) -> str:
+        """``visible``, ``ambiguous`` or ``hidden``."""
+        return self.vis[obj].state
+
+
+@dataclass(frozen=True)
+class Pair:
+    """How two views relate."""
+
+    rotation_deg: float
+    yaw_deg: float
+    """Heading of the second minus heading of the first, counter-clockwise."""
+    pitch_deg: float
+    baseline_m: float
+    iou: float | None
+    """Overlap of the seen surface; ``None`` without depth."""
+    shared: list[int]
+    """Objects clean in both."""
+
+
+class SceneContext:
+    """Cached geometry of one scene.
+
+    Args:
+        scene: A validated scene.
+        visibility_filter: ``False`` lets questions name every object whose projection lies mostly
+            inside the image, seen or not (the ablation of the occupancy filter).
+    """
+
+    def __init__(self, scene: Scene, *, visibility_filter: bool = True) -> None:
+        self.scene = scene
+        self.visibility_filter = visibility_filter
+        self.objects: list[Object] = scene.objects
+        self.labels: list[str] = [item.label for item in scene.objects]
+        self.targets: list[int] = [item.index for item in scene.objects if item.is_target]
+        self.by_label: dict[str, list[int]] = defaultdict(list)
+        for index in self.targets:
+            self.by_label[self.labels[index]].append(index)
+        self.frame_of: dict[str, int] = {f.frame_id: i for i, f in enumerate(scene.frames)}
+        self._views: dict[int, View] = {}
+        self._pairs: dict[tuple[int, int], Pair] = {}
+
+    # Boxes ---------------------------------------------------------------------------------------
+    @cached_property
+    def centers(self) -> Array:
+        """``[N, 3]`` metres."""
+        return np.array([item.center for item in self.objects]).reshape(-1, 3)
+
+    @cached_property
+    def corners(self) -> Array:
+        """``[N, 8, 3]`` metres."""
+        return np.array([item.box.corners for item in self.objects]).reshape(-1, 8, 3)
+
+    @cached_property
+    def center_list(self) -> list[list[float]]:
+        """:attr:`centers` as plain numbers."""
+        rows: list[list[float]] = self.centers.tolist()
+        return rows
+
+    @cached_property
+    def size_list(self) -> list[list[float]]:
+        """Full extents per object, metres."""
+        return [item.size.tolist() for item in self.objects]
+
+    @cached_property
+    def z_range(self) -> list[tuple[float, float]]:
+        """Lowest and highest point per object."""
+        z = self.corners[:, :, 2]
+        return list(zip(z.min(axis=1).tolist(), z.max(axis=1).tolist(), strict=True))
+
+    @cached_property
+    def volume(self) -> list[float]:
+        """Cubic metres per object."""
+        return [size[0] * size[1] * size[2] for size in self.size_list]
+
+    @cached_property
+    def upright(self) -> list[bool]:
+        """Whether the third extent of an object is a height."""
+        return [item.box.tilt_deg <= UPRIGHT_TILT_DEG for item in self.objects]
+
+    @cached_property
+    def distances(self) -> list[list[float]]:
+        """Closest-point distance of every pair of boxes, metres."""
+        from spatialvlm.scenes.distances import box_distances
+
+        rows: list[list[float]] = box_distances([item.box for item in self.objects]).tolist()
+        return rows
+
+    def center_distance(self, a: int, b: int) -> float:
+        """Distance of two box centres, metres."""
+        return float(np.linalg.norm(self.centers[a] - self.centers[b]))
+
+    def bearing(self, a: int, b: int) -> float:
+        """Direction from centre to centre on the ground, degrees counter-clockwise from +x."""
+        (ax, ay, _), (bx, by, _) = self.center_list[a], self.center_list[b]
+        return wrap_deg(math.degrees(math.atan2(by - ay, bx - ax)))
+
+    # Frames --------------------------------------------------------------------------------------
+    @property
+    def num_frames(self) -> int:
+        """Frames of the scene."""
+        return len(self.scene.frames)
+
+    def view(self, frame: int | str) -> View:
+        """A frame by index or id."""
+        index = self.frame_of[frame] if isinstance(frame, str) else frame
+        if index not in self._views:
+            self._views[index] = self._build_view(index)
+        return self._views[index]
+
+    def _build_view(self, index: int) -> View:
+        frame = self.scene.frames[index]
+        camera = frame.camera
+        vis = [frame.vis(obj) for obj in range(len(self.objects))]
+        local = self.corners @ camera.rotation - camera.centre @ camera.rotation  # [N, 8, 3]
+        level_ok = bool(np.hypot(*camera.rotation[:2, 2]) >= MIN_GROUND_PROJECTION)
+        if level_ok:
+            level_from_world = camera.level_frame("y")
+            level = self.corners @ level_from_world[:3, :3].T + level_from_world[:3, 3]
+        else:
+            level = np.zeros_like(self.corners)
+        if self.visibility_filter:
+            clean = [obj for obj in self.targets if vis[obj].clean]
+        else:
+            clean = [obj for obj in self.targets if vis[obj].in_frustum_frac >= 0.7]
+        middle = camera.project(self.centers)[0] if self.objects else np.zeros((0, 2))
+        centroid = [
+            v.centroid_px if v.centroid_px is not None else (float(uv[0]), float(uv[1]))
+            for v, uv in zip(vis, middle, strict=True)
+        ]
+        return View(
+            index=index,
+            frame_id=frame.frame_id,
+            camera=camera,
+            vis=vis,
+            clean=clean,
+            depth=_extent(local[:, :, 2]),
+            lateral=_extent(level[:, :, 0]),
+            forward=_extent(level[:, :, 1]),
+            distance=[item.box.distance_to_point(camera.centre) for item in self.objects],
+            centroid=centroid,
+            level_ok=level_ok,
+        )
+
+    def require_clean(self, view: View, objects: Iterable[int]) -> float:
+        """Reject unless all ``objects`` are clean; returns their smallest visible share.
+
+        Raises:
+            Reject: ``not_clean``, with the first object that is not.
+        """
+        least = 1.0
+        for obj in objects:
+            if not view.is_clean(obj):
+                raise Reject(Reason.NOT_CLEAN, f"object {obj} in frame {view.frame_id}")
+            least = min(least, view.vis[obj].vis_frac)
+        return least
+
+    def require_level(self, view: View) -> None:
+        """Reject views that have no left and right.
+
+        Raises:
+            Reject: ``vertical_axis`` or ``camera_roll``.
+        """
+        if not view.level_ok:
+            raise Reject(Reason.VERTICAL_AXIS, view.frame_id)
+        if abs(view.camera.roll_deg) > MAX_ROLL_DEG:
+            raise Reject(Reason.CAMERA_ROLL, f"{view.camera.roll_deg:.1f} degrees")
+
+    def not_hidden(self, view: View, label: str) -> list[int]:
+        """Visible and ambiguous instances of ``label``."""
+        return [obj for obj in self.by_label.get(label, ()) if view.state(obj) != "hidden"]
+
+    def visible_once(self, obj: int, frames: Sequence[int]) -> bool:
+        """Whether the object is visible with enough pixels in at least one of the frames."""
+        for frame in frames:
+            vis = self.view(frame).vis[obj]
+            if vis.state == "visible" and vis.px_frac >= APPEARED_PX_FRAC:
+                return True
+        return False
+
+    def best_visibility(self, obj: int, frames: Sequence[int]) -> float:
+        """Largest visible share over the frames."""
+        return max((self.view(frame).vis[obj].vis_frac for frame in frames), default=0.0)
+
+    # Video ---------------------------------------------------------------------------------------
+    def video_frames(self, count: int = 32) -> list[int]:
+        """Evenly spread frame indices: ``linspace(0, F-1, count)`` rounded half up, no repeats."""
+        last = self.num_frames - 1
+        if last < 0:
+            return []
+        steps = max(count - 1, 1)
+        return list(dict.fromkeys((2 * i * last + steps) // (2 * steps) for i in range(count)))
+
+    def appearance(self, obj: int, frames: Sequence[int]) -> tuple[float, float] | None:
+        """First appearance on the shown frames as ``(earliest, latest)`` moment.
+
+        ``earliest`` is the time of the first frame with a handful of its pixels, ``latest`` that of the
+        first frame in which it cannot be overlooked. The unit is seconds; without timestamps two
+        frames count as one second. ``None``: it never clearly appears.
+        """
+        early = late = None
+        for position, frame in enumerate(frames):
+            view = self.view(frame)
+            vis = view.vis[obj]
+            scale = view.camera.width * view.camera.height / REFERENCE_PIXELS
+            time = self.scene.frames[frame].time_s
+            moment = position / 2.0 if time is None else time
+            if early is None and vis.px >= max(1.0, FIRST_SEEN_PX * scale):
+                early = moment
+            if vis.px_frac >= APPEARED_PX_FRAC and vis.vis_frac >= APPEARED_VIS_FRAC:
+                late = moment
+                break
+        return None if late is None else (late if early is None else early, late)
+
+    # View pairs ----------------------------------------------------------------------------------
+    def pair(self, i: int, j: int) -> Pair:
+        """Relation of two frames."""
+        key = (i, j)
+        if key not in self._pairs:
+            self._pairs[key] = self._build_pair(i, j)
+        return self._pairs[key]
+
+    def _build_pair(self, i: int, j: int) -> Pair:
+        a, b = self.view(i), self.view(j)
+        shared = [obj for obj in a.clean if b.is_clean(obj)]
+        overlap = self.covisibility
+        return Pair(
+            rotation_deg=geodesic_deg(a.camera.rotation, b.camera.rotation),
+            yaw_deg=wrap_deg(b.camera.heading_deg - a.camera.heading_deg),
+            pitch_deg=b.camera.pitch_deg - a.camera.pitch_deg,
+            baseline_m=float(np.linalg.norm(a.camera.centre - b.camera.centre)),
+            iou=None if overlap is None else float(overlap[i, j]),
+            shared=shared,
+        )
+
+    @cached_property
+    def covisibility(self) -> Array | None:
+        """``[F, F]`` overlap of the seen surface, ``None`` for scenes without depth."""
+        return None
+
+    @cached_property
+    def area_m2(self) -> float | None:
+        """Floor area of the room when the scene states it or a polygon."""
+        room = self.scene.room
+        if room is None:
+            return None
+        if room.area_m2 is not None:
+            return float(room.area_m2)
+        if room.polygon_xy is None:
+            return None
+        from shapely.geometry import Polygon
+
+        return float(Polygon(room.polygon_xy).area)
+
+    @property
+    def comparison_gap_m(self) -> float:
+        """Least difference of two distances that is asked about: 0.30 m in rooms above 40 m²."""
+        return 0.30 if (self.area_m2 or 0.0) > 40.0 else 0.15
+
+
+def _extent(values: Array) -> list[tuple[float, float]]:
+    """``[N, 8]`` to ``N`` pairs (min, max)."""
+    return list(zip(values.min(axis=1).tolist(), values.max(axis=1).tolist(), strict=True))

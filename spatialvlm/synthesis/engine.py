@@ -1,0 +1,279 @@
+"""From a folder of scenes to a folder of rows: parts, resume, counters, manifest."""
+
+from __future__ import annotations
+
+import resource
+import time
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from spatialvlm import __version__
+from spatialvlm.errors import ConfigError, SpatialVLMError, SynthesisError
+from spatialvlm.synthesis.executors import Executor, run_parts
+from spatialvlm.synthesis.generate import generate_scene
+from spatialvlm.synthesis.parts import (
+    Part,
+    finished_sidecar,
+    image_prefix,
+    list_scenes,
+    read_scene,
+    split_into_parts,
+    write_part,
+    write_text,
+)
+from spatialvlm.synthesis.plan import SynthesisPlan
+from spatialvlm.synthesis.rows import GEN_VERSION, compact_json
+from spatialvlm.synthesis.wording import PhraseBook, default_book
+
+MAX_FAILED = 0.01
+"""Share of scenes that may fail before a run stops."""
+SCENE_FAILURES = (SpatialVLMError, ArithmeticError, LookupError, ValueError, OSError)
+"""What one bad scene can raise; it is recorded and the others go on."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs for one part; sent to other processes."""
+
+    scenes: Path
+    out: Path
+    plan: SynthesisPlan
+    blocked: tuple[str, ...] = ()
+    """Ids of scenes that must not be used (see ``scenes.blacklist``)."""
+    dry_run: bool = False
+
+
+@dataclass
+class Summary:
+    """What a run did."""
+
+    rows: int = 0
+    parts: int = 0
+    skipped_parts: int = 0
+    """Parts that were complete from an earlier run."""
+    counters: Counter[tuple[str, str]] = field(default_factory=Counter)
+    failed_scenes: dict[str, str] = field(default_factory=dict)
+    """Scene id -> traceback."""
+
+    def table(self) -> str:
+        """Rows and rejections per task."""
+        by_task: dict[str, list[str]] = defaultdict(list)
+        for (task, reason), count in sorted(self.counters.items(), key=lambda i: (i[0][0], -i[1])):
+            if reason != "rows":
+                by_task[task].append(f"{reason} {count}")
+        lines = [f"{'task':<22} {'rows':>8}  rejected"]
+        for task in sorted({task for task, _ in self.counters}):
+            rejected = ", ".join(by_task[task]) or "-"
+            lines.append(f"{task:<22} {self.counters[task, 'rows']:>8}  {rejected}")
+        return "\n".join(lines)
+
+
+def synthesize(
+    scenes: Path,
+    out: Path,
+    plan: SynthesisPlan,
+    *,
+    executor: Executor = "process",
+    workers: int = 1,
+    shard: tuple[int, int] = (0, 1),
+    limit: int | None = None,
+    overwrite: bool = False,
+    blocked: Iterable[str] = (),
+    dry_run: bool = False,
+    max_failed: float = MAX_FAILED,
+    progress: Callable[[int, int], None] | None = None,
+) -> Summary:
+    """Generate all rows; complete parts of an earlier run with the same plan are kept.
+
+    Args:
+        scenes: Folder of scenes.
+        out: Folder of the rows: parts, sidecars, ``manifest.json`` and ``_SUCCESS``.
+        plan: What to generate.
+        executor: Where parts run; the files do not depend on it.
+        workers: Processes.
+        shard: ``(i, n)``: only parts with index i modulo n.
+        limit: Only the first so many scenes.
+        overwrite: Replace rows of another plan.
+        blocked: Scene ids to skip; they are counted and listed.
+        dry_run: Count only, write nothing.
+        max_failed: Share of scenes that may fail.
+        progress: Called with (scenes of the finished part, its rows).
+
+    Raises:
+        ConfigError: Bad shard or workers, or ``out`` holds rows of another plan.
+        SynthesisError: Too many scenes failed.
+    """
+    index, count = shard
+    if not 0 <= index < count or workers < 1:
+        raise ConfigError(
+            f"shard {index}/{count} with {workers} workers: need 0 <= i < n, workers >= 1."
+        )
+    refs = list_scenes(scenes)[:limit]
+    parts = [part for part in split_into_parts(refs) if part.index % count == index]
+    summary = Summary()
+    job = Job(scenes, out, plan, tuple(sorted(blocked)), dry_run)
+    todo = []
+    if not dry_run:
+        out.mkdir(parents=True, exist_ok=True)
+        _check_plan(out, plan, overwrite)
+    for part in parts:
+        sidecar = None if dry_run else finished_sidecar(out, part)
+        if sidecar is not None and sidecar["config_hash"] == plan.config_hash:
+            summary.skipped_parts += 1
+            _add(summary, sidecar)
+            if progress is not None:
+                progress(len(part.scenes), sidecar["rows"])
+        else:
+            todo.append(part)
+    for sidecar in run_parts(executor, workers, partial(run_part, job), todo):
+        _add(summary, sidecar)
+        if len(summary.failed_scenes) > max_failed * len(refs):
+            scene, trace = next(iter(summary.failed_scenes.items()))
+            raise SynthesisError(
+                f"{len(summary.failed_scenes)} of {len(refs)} scenes failed, more than the allowed "
+                f"share {max_failed}. First: {scene}\n{trace}"
+            )
+        if progress is not None:
+            progress(len(sidecar["scenes"]), sidecar["rows"])
+    if not dry_run:
+        merge_manifest(out, len(split_into_parts(refs)))
+    return summary
+
+
+def run_part(job: Job, part: Part) -> dict[str, Any]:
+    """Generate one part and write it; returns its sidecar."""
+    started = time.perf_counter()
+    book = PhraseBook(job.plan.templates) if job.plan.templates else default_book()
+    rows: list[dict[str, Any]] = []
+    counters: Counter[tuple[str, str]] = Counter()
+    failed: dict[str, str] = {}
+    licenses: Counter[str] = Counter()
+    skipped: list[str] = []
+    for ref in part.scenes:
+        if ref.scene_id in job.blocked:
+            skipped.append(ref.scene_id)
+            continue
+        try:
+            scene = read_scene(ref)
+            prefix = image_prefix(scene, job.scenes)
+            made, counted = generate_scene(scene, job.plan, image_prefix=prefix, book=book)
+        except SCENE_FAILURES:
+            failed[ref.scene_id] = traceback.format_exc()
+            continue
+        rows += made
+        counters.update(counted)
+        licenses[scene.license] += len(made)
+    nested: dict[str, dict[str, int]] = defaultdict(dict)
+    for (task, reason), count in sorted(counters.items()):
+        nested[task][reason] = count
+    sidecar: dict[str, Any] = {
+        "scenes": [ref.scene_id for ref in part.scenes],
+        "blocked_scenes": skipped,
+        "failed_scenes": failed,
+        "counters": nested,
+        "licenses": dict(licenses),
+        "config_hash": job.plan.config_hash,
+        "gen_version": GEN_VERSION,
+        "rows": len(rows),
+        "seconds": round(time.perf_counter() - started, 3),
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+    if not job.dry_run:
+        write_part(job.out, part, rows, sidecar)
+    return sidecar
+
+
+def _add(summary: Summary, sidecar: dict[str, Any]) -> None:
+    summary.parts += 1
+    summary.rows += sidecar["rows"]
+    summary.failed_scenes.update(sidecar["failed_scenes"])
+    for task, reasons in sidecar["counters"].items():
+        for reason, count in reasons.items():
+            summary.counters[task, reason] += count
+
+
+def _check_plan(out: Path, plan: SynthesisPlan, overwrite: bool) -> None:
+    """Refuse a folder that holds rows of another plan, or clear it.
+
+    Raises:
+        ConfigError: Another configuration hash, without ``overwrite``.
+    """
+    import json
+
+    for path in sorted(out.glob("part-*.json")):
+        other = json.loads(path.read_text(encoding="utf-8")).get("config_hash")
+        if other == plan.config_hash:
+            continue
+        if not overwrite:
+            raise ConfigError(
+                f"{out} holds rows of another plan ({other}, this one is {plan.config_hash}). "
+                "Choose another folder or pass --overwrite."
+            )
+        path.with_suffix(".parquet").unlink(missing_ok=True)
+        path.unlink()
+    (out / "_SUCCESS").unlink(missing_ok=True)
+    values = {"plan": plan_record(plan), "config_hash": plan.config_hash, "version": __version__}
+    write_text(out / "plan.json", compact_json(values))
+
+
+def plan_record(plan: SynthesisPlan) -> dict[str, Any]:
+    """JSON form of a plan, from which verification rebuilds it."""
+    import dataclasses
+
+    return dataclasses.asdict(plan)
+
+
+def merge_manifest(out: Path, expected_parts: int | None = None) -> dict[str, Any]:
+    """Merge all sidecars of ``out`` into ``manifest.json``; ``_SUCCESS`` when no part is missing.
+
+    Args:
+        out: Folder of the rows.
+        expected_parts: Number of parts of the whole run; ``None`` reads it from the file names.
+    """
+    import json
+
+    files = sorted(out.glob("part-*-of-*.json"))
+    if expected_parts is None:
+        expected_parts = int(files[0].stem.rpartition("-")[2]) if files else 0
+    counters: dict[str, Counter[str]] = defaultdict(Counter)
+    licenses: Counter[str] = Counter()
+    blocked: list[str] = []
+    failed: list[str] = []
+    rows = scenes = 0
+    hashes = set()
+    for path in files:
+        sidecar = json.loads(path.read_text(encoding="utf-8"))
+        rows += sidecar["rows"]
+        scenes += len(sidecar["scenes"])
+        blocked += sidecar["blocked_scenes"]
+        failed += sorted(sidecar["failed_scenes"])
+        licenses.update(sidecar["licenses"])
+        hashes.add(sidecar["config_hash"])
+        for task, reasons in sidecar["counters"].items():
+            counters[task].update(reasons)
+    complete = len(files) == expected_parts
+    manifest = {
+        "version": __version__,
+        "gen_version": GEN_VERSION,
+        "config_hash": sorted(hashes),
+        "rows": rows,
+        "scenes": scenes,
+        "parts": len(files),
+        "expected_parts": expected_parts,
+        "complete": complete,
+        "blocked_scenes": blocked,
+        "failed_scenes": failed,
+        "licenses": dict(sorted(licenses.items())),
+        "counters": {
+            task: dict(sorted(reasons.items())) for task, reasons in sorted(counters.items())
+        },
+    }
+    write_text(out / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True))
+    if complete:
+        write_text(out / "_SUCCESS", "")
+    return manifest

@@ -1,0 +1,144 @@
+"""Parts: fixed blocks of the scene list, each one parquet file and one sidecar, written atomically.
+
+Part boundaries are a function of the scene list alone, so files do not depend on workers or shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spatialvlm.scenes.io import load_scene, read_scenes_parquet, scene_files
+from spatialvlm.scenes.schema import Scene
+from spatialvlm.synthesis.rows import SCHEMA
+
+MAX_SCENES_PER_PART = 64
+ROW_GROUP = 4096
+
+
+@dataclass(frozen=True, order=True)
+class SceneRef:
+    """Where a scene is stored."""
+
+    scene_id: str
+    path: str
+    position: int = 0
+    """Row inside a parquet file; 0 for JSON."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A block of scenes."""
+
+    index: int
+    total: int
+    scenes: tuple[SceneRef, ...]
+
+    @property
+    def stem(self) -> str:
+        """File name without suffix."""
+        return f"part-{self.index:05d}-of-{self.total:05d}"
+
+
+def list_scenes(folder: Path) -> list[SceneRef]:
+    """All scenes below ``folder``, sorted by scene id; JSON scenes are not parsed completely."""
+    found = []
+    for path in scene_files(folder):
+        if path.suffix == ".parquet":
+            ids = pq.read_table(path, columns=["scene_id"])["scene_id"].to_pylist()
+            found += [SceneRef(scene_id, str(path), i) for i, scene_id in enumerate(ids)]
+        else:
+            found.append(SceneRef(_scene_id(path), str(path)))
+    return sorted(found)
+
+
+def _scene_id(path: Path) -> str:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return str(values.get("scene_id", "")) if isinstance(values, dict) else ""
+
+
+def read_scene(ref: SceneRef) -> Scene:
+    """Load and validate a scene."""
+    path = Path(ref.path)
+    if path.suffix != ".parquet":
+        return load_scene(path)
+    for position, scene in enumerate(read_scenes_parquet(path)):
+        if position == ref.position:
+            return scene
+    raise AssertionError(f"{path} has no row {ref.position}")
+
+
+def image_prefix(scene: Scene, folder: Path) -> str:
+    """Folder of the scene's media below the scenes folder."""
+    root = scene.root or folder
+    base = folder if folder.is_dir() else folder.parent
+    return Path(os.path.relpath(root, base)).as_posix()
+
+
+def split_into_parts(scenes: Sequence[SceneRef]) -> list[Part]:
+    """Cut the sorted scene list into at most 64 parts (more only beyond 4096 scenes)."""
+    size = min(max(math.ceil(len(scenes) / 64), 1), MAX_SCENES_PER_PART)
+    total = math.ceil(len(scenes) / size)
+    return [Part(i, total, tuple(scenes[i * size : (i + 1) * size])) for i in range(total)]
+
+
+def write_part(
+    folder: Path, part: Part, rows: Sequence[dict[str, Any]], sidecar: dict[str, Any]
+) -> None:
+    """Write the rows and then the sidecar, whose presence marks the part as complete."""
+    target = folder / f"{part.stem}.parquet"
+    write_rows(target, rows)
+    sidecar = {**sidecar, "rows": len(rows), "sha256": sha256(target)}
+    write_text(folder / f"{part.stem}.json", json.dumps(sidecar, indent=1, sort_keys=True))
+
+
+def write_rows(target: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows as zstd parquet under a temporary name and move the file into place."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
+    pq.write_table(
+        table, temporary, compression="zstd", compression_level=3, row_group_size=ROW_GROUP
+    )
+    _sync(temporary)
+    temporary.replace(target)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a text file atomically."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    temporary.replace(target)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def finished_sidecar(folder: Path, part: Part) -> dict[str, Any] | None:
+    """Sidecar of a part that is complete and intact, else ``None``."""
+    try:
+        sidecar: dict[str, Any] = json.loads((folder / f"{part.stem}.json").read_text("utf-8"))
+        intact = sidecar["sha256"] == sha256(folder / f"{part.stem}.parquet")
+        same_scenes = sidecar["scenes"] == [ref.scene_id for ref in part.scenes]
+    except (OSError, ValueError, KeyError):
+        return None
+    return sidecar if intact and same_scenes else None

@@ -1,0 +1,358 @@
+"""What a task returns and what a generated row looks like (one parquet schema for all tasks)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from spatialvlm.answers import AnswerType
+
+GEN_VERSION = "1"
+"""Raised whenever a change of the code changes rows; part of every row id."""
+
+Form = Literal["MCQ", "YN", "NUM", "JSON", "OE", "SENT"]
+MediaKind = Literal["none", "images", "video"]
+Args = dict[str, Any]
+"""Arguments of one question: object indices, frame ids and a variant; JSON-serialisable."""
+
+
+class Reason(StrEnum):
+    """Every reason for which a candidate is not emitted; counted per task in the manifest."""
+
+    NEEDS_METRIC = "needs:metric"
+    NEEDS_GRAVITY = "needs:gravity"
+    NEEDS_FRAMES = "needs:frames"
+    NEEDS_DEPTH = "needs:depth"
+    NEEDS_INSTANCES = "needs:instances"
+    NEEDS_FRONT = "needs:front"
+    NEEDS_TIME = "needs:time"
+    NEEDS_ROOM = "needs:room"
+    NEEDS_VISIBILITY = "needs:visibility"
+    TOO_FEW_OBJECTS = "too_few_objects"
+    TOO_FEW_FRAMES = "too_few_frames"
+    NO_CLEAN_OBJECT = "no_clean_object"
+    NO_VIEW_PAIR = "no_view_pair"
+    NOT_CLEAN = "not_clean"
+    NOT_VISIBLE = "not_visible"
+    AMBIGUOUS = "ambiguous"
+    KNIFE_EDGE = "knife_edge"
+    OUT_OF_RANGE = "out_of_range"
+    MARGIN = "margin"
+    EXTENT_TIE = "extent_tie"
+    IMAGE_DISAGREES = "image_disagrees"
+    TOPS_DISAGREE = "tops_disagree"
+    OVERLAP = "overlap"
+    CAMERA_ROLL = "camera_roll"
+    VERTICAL_AXIS = "vertical_axis"
+    TILTED = "tilted"
+    TRUNCATED = "truncated"
+    COUNT_CONFLICT = "count_conflict"
+    DUPLICATE_LABEL = "duplicate_label"
+    REFERRAL = "referral"
+    DIRECTION_NOT_UNIQUE = "direction_not_unique"
+    TOO_CLOSE = "too_close"
+    SECTOR = "sector"
+    SYMMETRY = "symmetry"
+    NO_ROTATION = "no_rotation"
+    NO_OVERLAP = "no_overlap"
+    OCCLUDED = "occluded"
+    DISTRACTORS = "distractors"
+    BLOCKED = "blocked"
+    TURN = "turn"
+    NO_ROUTE = "no_route"
+    TOO_FEW_FACTS = "too_few_facts"
+    NO_COLOUR = "no_colour"
+    MARK = "mark"
+    DUPLICATE = "duplicate"
+    QUOTA = "quota"
+    LCM_TOO_FEW = "lcm_too_few"
+    LCM_SEED_FALLBACK = "lcm_seed_fallback"
+    LCM_OFF_GRID = "lcm_off_grid"
+    LCM_FIT_DEGENERATE = "lcm_fit_degenerate"
+
+
+class Reject(Exception):  # noqa: N818 - the ordinary way out of a candidate, not an error
+    """Raised inside a task when this question is not asked; the engine counts the reason."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Margin:
+    """How far the deciding quantity is from flipping the answer.
+
+    Args:
+        kind: What was measured, e.g. ``gap_m``, ``ratio``, ``angle_deg``, ``vis``.
+        value: Its value.
+        threshold: The least value at which the question is still asked; positive.
+    """
+
+    kind: str
+    value: float
+    threshold: float
+
+    @property
+    def normalised(self) -> float:
+        """``value / threshold``; at least 1 in every emitted row."""
+        return self.value / self.threshold
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """An answer and why it holds.
+
+    Args:
+        answer: JSON value in base units (metres, square metres, degrees, counts, object indices,
+            words); what the text shows is decided by ``phrase``.
+        margin: The tightest margin of the decision.
+        values: Intermediate numbers for rewards and re-checks.
+    """
+
+    answer: Any
+    margin: Margin
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Turn:
+    """One question with its answer, as text and typed."""
+
+    form: Form
+    answer_type: AnswerType
+    question: str
+    reply: str
+    """What the assistant says: the terse text, or a sentence for form SENT."""
+    answer: Any
+    answer_text: str
+    template_id: str
+    answer_template_id: str
+    unit: str | None = None
+    options: tuple[str, ...] = ()
+    choice_idx: int | None = None
+    spans: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    """Object index -> character ranges of its default rendering inside ``question``."""
+
+
+@dataclass(slots=True)
+class QA:
+    """A complete question about some images, before it becomes a row."""
+
+    turns: list[Turn]
+    frames: list[int]
+    """Frame indices in the order of the markers."""
+    media: MediaKind = "images"
+    slots: list[dict[str, Any]] = field(default_factory=list)
+    marks: list[dict[str, Any]] = field(default_factory=list)
+    formats_ok: list[int] = field(default_factory=lambda: [0])
+    system: str | None = None
+    tags: tuple[str, ...] = ()
+    group: str = ""
+    """Ties the rows of one scene that belong together (the triplets of a cognitive map)."""
+
+
+MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+MARGIN = pa.struct([("kind", pa.string()), ("value", pa.float64()), ("threshold", pa.float64())])
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("messages", pa.list_(MESSAGE)),
+        ("media_kind", pa.string()),
+        ("images", pa.list_(pa.string())),
+        ("frame_ids", pa.list_(pa.string())),
+        ("frame_times_s", pa.list_(pa.float64())),
+        ("frames_pinned", pa.bool_()),
+        ("num_views", pa.int32()),
+        ("task", pa.string()),
+        ("variant", pa.string()),
+        ("form", pa.string()),
+        ("family", pa.string()),
+        ("capability", pa.string()),
+        ("tags", pa.list_(pa.string())),
+        ("answer_type", pa.string()),
+        ("answer_json", pa.string()),
+        ("answer_text", pa.string()),
+        ("unit", pa.string()),
+        ("options", pa.list_(pa.string())),
+        ("choice_idx", pa.int32()),
+        ("slots", pa.string()),
+        ("marks", pa.string()),
+        ("formats_ok", pa.list_(pa.int8())),
+        ("template_id", pa.string()),
+        ("answer_template_id", pa.string()),
+        ("scene_id", pa.string()),
+        ("room_id", pa.string()),
+        ("source", pa.string()),
+        ("split", pa.string()),
+        ("license", pa.string()),
+        ("group_id", pa.string()),
+        ("overlap", pa.float64()),
+        ("difficulty", pa.float64()),
+        ("margin", MARGIN),
+        ("evidence", pa.string()),
+        ("gen_version", pa.string()),
+        ("config_hash", pa.string()),
+    ]
+)
+"""Columns ``answer_json slots marks evidence`` hold JSON text."""
+
+
+def canonical_json(value: Any) -> str:
+    """JSON text that is equal for equal values: sorted keys, no blanks."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def compact_json(value: Any) -> str:
+    """JSON text without blanks, keys in their own order."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def hashed(*parts: object, size: int = 8) -> int:
+    """Integer of ``size`` bytes that depends on nothing but ``parts``."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest(), "big")
+
+
+def row_id(scene_id: str, task: str, args: Mapping[str, Any], form: str) -> str:
+    """Identity of a question: 24 hex digits of (version, scene, task, arguments, form)."""
+    text = "\x1f".join((GEN_VERSION, scene_id, task, canonical_json(args), form))
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def rounded(values: Any, places: int = 6) -> Any:
+    """Round every float inside nested lists and dicts; numpy scalars become Python numbers."""
+    if isinstance(values, dict):
+        return {key: rounded(value, places) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [rounded(value, places) for value in values]
+    if hasattr(values, "tolist"):
+        return rounded(values.tolist(), places)
+    if isinstance(values, float):
+        return round(values, places) + 0.0
+    return values
+
+
+class Draws:
+    """A short stream of random choices that depends only on the words it was made from.
+
+    Wording, options and forms are drawn from it, so they do not depend on how many rows came before.
+    """
+
+    __slots__ = ("_counter", "_key", "_pool")
+
+    def __init__(self, *parts: object) -> None:
+        self._key = "\x1f".join(str(part) for part in parts).encode()
+        self._counter = 0
+        self._pool = b""
+
+    def integer(self, below: int) -> int:
+        """Uniform integer in ``[0, below)`` (bias below 2**-24)."""
+        if len(self._pool) < 5:
+            self._pool = hashlib.blake2b(
+                self._key, digest_size=60, salt=self._counter.to_bytes(4, "big")
+            ).digest()
+            self._counter += 1
+        value = int.from_bytes(self._pool[:5], "big")
+        self._pool = self._pool[5:]
+        return value % below
+
+    def unit(self) -> float:
+        """Uniform number in ``[0, 1)``."""
+        return self.integer(1 << 32) / (1 << 32)
+
+    def choice(self, items: Sequence[Any]) -> Any:
+        """One item."""
+        return items[self.integer(len(items))]
+
+    def shuffled(self, items: Sequence[Any]) -> list[Any]:
+        """A permutation (Fisher-Yates)."""
+        mixed = list(items)
+        for i in range(len(mixed) - 1, 0, -1):
+            j = self.integer(i + 1)
+            mixed[i], mixed[j] = mixed[j], mixed[i]
+        return mixed
+
+
+def finish_row(
+    scene_columns: Mapping[str, Any],
+    task_columns: Mapping[str, Any],
+    args: Args,
+    derived: Derived | list[Derived],
+    qa: QA,
+    *,
+    identity: str,
+    images: list[str],
+    frame_ids: list[str],
+    frame_times: list[float] | None,
+    overlap: float | None = None,
+) -> dict[str, Any]:
+    """Put a question into the columns of :data:`SCHEMA`.
+
+    Args:
+        scene_columns: scene_id, room_id, source, split, license, config_hash.
+        task_columns: task, family, capability, tags.
+        args: Arguments of the question.
+        derived: Answer and evidence; a list for a dialogue with several turns.
+        qa: Text, typed answer, slots and marks.
+        identity: Row id.
+        images: Image paths in marker order, relative to the scenes folder.
+        frame_ids: Ids of the same frames.
+        frame_times: Times of the same frames in seconds, ``None`` if the scene has none.
+        overlap: Intersection over union of the seen surface for a pair of views.
+    """
+    several = isinstance(derived, list)
+    parts = derived if isinstance(derived, list) else [derived]
+    tightest = min((part.margin for part in parts), key=lambda margin: margin.normalised)
+    first = qa.turns[0]
+    marker = {"images": "<image>\n" * len(images), "video": "<video>\n", "none": ""}[qa.media]
+    messages = [{"role": "system", "content": qa.system}] if qa.system else []
+    for index, turn in enumerate(qa.turns):
+        question = (marker if index == 0 else "") + turn.question
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": turn.reply})
+    evidence = [{"args": args, "values": rounded(part.values)} for part in parts]
+    answers = [turn.answer for turn in qa.turns]
+    return {
+        "id": identity,
+        "messages": messages,
+        "media_kind": qa.media,
+        "images": images,
+        "frame_ids": frame_ids,
+        "frame_times_s": frame_times,
+        "frames_pinned": True,
+        "num_views": len(images),
+        "variant": str(args.get("variant", "")),
+        "form": first.form,
+        "answer_type": first.answer_type,
+        "answer_json": compact_json(answers if several else answers[0]),
+        "answer_text": "\n".join(turn.answer_text for turn in qa.turns),
+        "unit": first.unit,
+        "options": list(first.options),
+        "choice_idx": first.choice_idx,
+        "slots": compact_json(qa.slots),
+        "marks": compact_json(qa.marks),
+        "formats_ok": qa.formats_ok,
+        "template_id": first.template_id,
+        "answer_template_id": first.answer_template_id,
+        "group_id": qa.group,
+        "overlap": overlap,
+        "difficulty": round(min(max(1.0 / tightest.normalised, 0.0), 1.0), 6),
+        "margin": {
+            "kind": tightest.kind,
+            "value": round(tightest.value, 6),
+            "threshold": round(tightest.threshold, 6),
+        },
+        "evidence": compact_json(evidence if several else evidence[0]),
+        "gen_version": GEN_VERSION,
+        **scene_columns,
+        **task_columns,
+    }

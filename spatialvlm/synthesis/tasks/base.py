@@ -1,0 +1,195 @@
+"""What a task is, and the ways of proposing arguments that tasks share.
+
+A task proposes arguments, ``derive`` computes the answer from the scene and the arguments alone, and
+``phrase`` writes the text. Generation and verification call the same ``derive``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import permutations
+from typing import ClassVar
+
+from numpy.random import Generator
+
+from spatialvlm.synthesis.context import SceneContext
+from spatialvlm.synthesis.rows import QA, Args, Derived, Form, Reason, Reject
+from spatialvlm.synthesis.writer import Writer
+
+MAX_COMBINATIONS = 400
+"""Ordered object tuples tried per frame."""
+
+
+class Task:
+    """One kind of question; subclasses fill in the class attributes and the three methods."""
+
+    id: ClassVar[str]
+    family: ClassVar[str]
+    """SM measurement, SR relations, CP camera perception, MC multi-view consistency, SAR reasoning."""
+    capability: ClassVar[str]
+    """EASI capability: MM, MR, SR, PT, DA or CR."""
+    group: ClassVar[str]
+    """Group of SSR: rel, persp, meas or complex."""
+    dimension: ClassVar[str]
+    """Dimension of SenseNova-SI: depth, size, rel, persp, shape or nav."""
+    views: ClassVar[str] = "1"
+    """``1``, ``2``, ``3-6``, ... images, or ``v`` for a video."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What a scene must have: metric, gravity, depth, instances, front, time, room."""
+    forms: ClassVar[tuple[Form, ...]] = ("YN", "MCQ")
+    variants: ClassVar[tuple[str, ...]] = ("",)
+    balance: ClassVar[str] = "class"
+    """How the second pass balances rows: ``class`` (answers or options) or ``number`` (8 log bins)."""
+    tags: ClassVar[tuple[str, ...]] = ()
+    """Further tags, e.g. ``benchmark_like:vsi``."""
+
+    def propose(self, ctx: SceneContext, rng: Generator) -> Iterator[Args]:
+        """Yield candidate arguments, best first, until there are no more."""
+        raise NotImplementedError
+
+    def derive(self, ctx: SceneContext, args: Args) -> Derived:
+        """Compute the answer from geometry.
+
+        Raises:
+            Reject: The question is not asked.
+        """
+        raise NotImplementedError
+
+    def phrase(self, ctx: SceneContext, args: Args, derived: Derived, write: Writer) -> QA:
+        """Write the question.
+
+        Raises:
+            Reject: It cannot be worded without ambiguity.
+        """
+        raise NotImplementedError
+
+    def forms_for(self, args: Args) -> tuple[Form, ...]:
+        """Forms this question can take."""
+        del args
+        return self.forms
+
+    def all_tags(self) -> list[str]:
+        """Tags of a row: capability, groups, and the free ones."""
+        return [
+            f"easi:{self.capability}",
+            f"ssr:{self.group}",
+            f"sensenova:{self.dimension}",
+            *self.tags,
+        ]
+
+    def unmet_need(self, ctx: SceneContext) -> Reason | None:
+        """First requirement the scene does not meet."""
+        scene = ctx.scene
+        has = {
+            "metric": scene.metric,
+            "gravity": scene.gravity_aligned,
+            "frames": bool(scene.frames),
+            "depth": bool(scene.frames) and all(f.depth is not None for f in scene.frames),
+            "instances": bool(scene.frames)
+            and all(f.instance_map is not None for f in scene.frames),
+            "front": any(o.has_front for o in scene.objects),
+            "time": all(f.time_s is not None for f in scene.frames),
+            "room": ctx.area_m2 is not None,
+        }
+        for need in ("frames", *sorted(self.needs)):
+            if not has[need]:
+                return Reason(f"needs:{need}")
+        return None
+
+
+def shuffled(rng: Generator, items: Sequence[object]) -> list[int]:
+    """Random order of indices into ``items``."""
+    order: list[int] = rng.permutation(len(items)).tolist()
+    return order
+
+
+def tuples(
+    rng: Generator, pool: Sequence[int], size: int, *, ordered: bool = True
+) -> Iterator[list[int]]:
+    """Distinct random ``size``-tuples of ``pool``, without repeats; ends when they run out."""
+    count = len(pool)
+    if count < size:
+        return
+    if size <= 2 and ordered:
+        every = list(permutations(pool, size))
+        for index in rng.permutation(len(every))[:MAX_COMBINATIONS].tolist():
+            yield list(every[index])
+        return
+    seen: set[tuple[int, ...]] = set()
+    for _ in range(MAX_COMBINATIONS):
+        chosen = [pool[i] for i in rng.permutation(count)[:size].tolist()]
+        key = tuple(chosen if ordered else sorted(chosen))
+        if key not in seen:
+            seen.add(key)
+            yield chosen
+
+
+def take_turns(streams: Sequence[Iterator[Args]]) -> Iterator[Args]:
+    """One item of each stream after the other until all are empty."""
+    alive = list(streams)
+    while alive:
+        left = []
+        for stream in alive:
+            item = next(stream, None)
+            if item is not None:
+                yield item
+                left.append(stream)
+        alive = left
+
+
+def per_frame(
+    ctx: SceneContext,
+    rng: Generator,
+    size: int | Sequence[int],
+    variants: Sequence[str] = ("",),
+    *,
+    ordered: bool = True,
+    frames: Sequence[int] | None = None,
+) -> Iterator[Args]:
+    """Random clean objects of single frames, the frames taking turns.
+
+    Args:
+        ctx: The scene.
+        rng: Source of randomness.
+        size: Number of objects, or several numbers to choose from.
+        variants: One is drawn per candidate.
+        ordered: Whether (a, b) and (b, a) are different questions.
+        frames: Frames to use; all by default.
+    """
+    sizes = [size] if isinstance(size, int) else list(size)
+    pool = list(range(ctx.num_frames)) if frames is None else list(frames)
+
+    def stream(frame: int) -> Iterator[Args]:
+        view = ctx.view(frame)
+        usable = [k for k in sizes if k <= len(view.clean)]
+        if not usable:
+            return
+        for objects in take_sizes(rng, view.clean, usable, ordered):
+            variant = variants[int(rng.integers(len(variants)))]
+            yield {"variant": variant, "frames": [view.frame_id], "objects": objects}
+
+    yield from take_turns([stream(pool[i]) for i in shuffled(rng, pool)])
+
+
+def take_sizes(
+    rng: Generator, pool: Sequence[int], sizes: Sequence[int], ordered: bool
+) -> Iterator[list[int]]:
+    """Tuples of several sizes, a size drawn for each."""
+    streams = {k: tuples(rng, pool, k, ordered=ordered) for k in sizes}
+    while streams:
+        size = list(streams)[int(rng.integers(len(streams)))]
+        item = next(streams[size], None)
+        if item is None:
+            del streams[size]
+        else:
+            yield item
+
+
+def require_count(items: Sequence[object], least: int, reason: Reason) -> None:
+    """Reject when there are fewer than ``least`` items.
+
+    Raises:
+        Reject: With ``reason``.
+    """
+    if len(items) < least:
+        raise Reject(reason, f"{len(items)} of {least}")

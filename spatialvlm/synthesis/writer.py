@@ -1,0 +1,337 @@
+"""Turns a derived answer into a question: names, marks, options, sentences, slots.
+
+One :class:`Writer` writes one row. All its choices come from a hash of the question, so the wording
+does not depend on the executor, the number of workers, or on other rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spatialvlm.answers import LETTERS, AnswerType, format_answer, number_text, round_half_up
+from spatialvlm.synthesis.context import SceneContext
+from spatialvlm.synthesis.marks import mark_colour, mark_record
+from spatialvlm.synthesis.referral import refer
+from spatialvlm.synthesis.rows import (
+    QA,
+    Args,
+    Draws,
+    Form,
+    MediaKind,
+    Reason,
+    Reject,
+    Turn,
+    canonical_json,
+)
+from spatialvlm.synthesis.wording import UNIT_WORDS, PhraseBook, Ref, Wording
+
+OPTION_GAP = 0.2
+"""Least relative difference of a numeric distractor from the truth and from every other one."""
+OPTION_RATIO = (0.4, 1.8)
+VIDEO_FORMATS = [0]
+
+
+class Writer:
+    """Writes one question.
+
+    Args:
+        ctx: The scene.
+        task: Task id.
+        args: Arguments of the question; they seed every choice.
+        forms: Answer forms to choose from.
+        seed: Global seed.
+        wording: How to word questions.
+        book: Templates.
+    """
+
+    def __init__(
+        self,
+        ctx: SceneContext,
+        task: str,
+        args: Args,
+        forms: Sequence[Form],
+        *,
+        seed: int,
+        wording: Wording,
+        book: PhraseBook,
+    ) -> None:
+        self.ctx = ctx
+        self.task = task
+        self.args = args
+        self.wording = wording
+        self.book = book
+        self.draws = Draws(seed, ctx.scene.scene_id, task, canonical_json(args))
+        self.base: Form = self.draws.choice(forms)
+        """Form of the answer itself; a sentence may still wrap it."""
+        self.in_sentence = self.draws.unit() < wording.sentences
+        self.refs: dict[int, Ref] = {}
+        self.marks: list[dict[str, Any]] = []
+        self.frames: list[int] = []
+        self.media: MediaKind = "images"
+
+    @property
+    def form(self) -> Form:
+        """Form that goes into the row and its id."""
+        return "SENT" if self.in_sentence and self.base != "JSON" else self.base
+
+    # Names ---------------------------------------------------------------------------------------
+    def show(self, frames: Sequence[int], media: MediaKind = "images") -> None:
+        """State which frames the question shows; names are checked against them."""
+        self.frames = list(frames)
+        self.media = media
+
+    def name(self, obj: int) -> Ref:
+        """Name an object by words, or by a mark where the words do not suffice.
+
+        Raises:
+            Reject: ``referral`` or ``mark``.
+        """
+        if obj not in self.refs:
+            try:
+                self.refs[obj] = refer(
+                    self.ctx,
+                    obj,
+                    self.frames,
+                    self.draws,
+                    video=self.media == "video",
+                    colours=self.wording.colours,
+                )
+            except Reject:
+                if self.media != "images":
+                    raise
+                return self.mark(obj)
+        return self.refs[obj]
+
+    def mark(self, obj: int, image: int | None = None, kind: str = "box") -> Ref:
+        """Name an object by a coloured mark drawn into the image in which it is clean.
+
+        Args:
+            obj: Object index.
+            image: Position of the image among the shown frames; ``None`` takes the first image in
+                which the object is clean.
+            kind: ``box`` or ``point``.
+
+        Raises:
+            Reject: ``mark``: not clean in the image, or no colour left.
+        """
+        where = [i for i, f in enumerate(self.frames) if self.ctx.view(f).is_clean(obj)]
+        if image is None and where:
+            image = where[0]
+        if image is None or image not in where:
+            raise Reject(Reason.MARK, f"object {obj} is not clean in the image to mark")
+        taken = {record["color"] for record in self.marks}
+        colour = mark_colour(self.draws, taken, self.ctx.objects[obj].color_name)
+        record = mark_record(self.ctx, self.frames[image], image, obj, colour, kind)
+        self.marks.append(record)
+        phrase = f"the object in {record['name']}" if kind == "box" else record["name"]
+        self.refs[obj] = Ref(obj, phrase, self.ctx.labels[obj], "mark")
+        return self.refs[obj]
+
+    def name_all(self, objects: Sequence[int], *, marked: bool = False) -> list[Ref]:
+        """Name several objects; two of them never get the same phrase.
+
+        Raises:
+            Reject: ``referral``.
+        """
+        refs = [self.mark(obj) if marked else self.name(obj) for obj in objects]
+        if len({ref.phrase for ref in refs}) < len(refs):
+            raise Reject(Reason.REFERRAL, "two objects share one phrase")
+        return refs
+
+    # Options -------------------------------------------------------------------------------------
+    def options(self, right: str, wrong: Sequence[str]) -> tuple[list[str], int]:
+        """Mix the right option in at a uniform position.
+
+        Raises:
+            Reject: ``distractors``: two options are equal.
+        """
+        mixed = self.draws.shuffled(wrong)
+        position = self.draws.integer(len(mixed) + 1)
+        mixed.insert(position, right)
+        if len({text.lower() for text in mixed}) < len(mixed) or len(mixed) < 2:
+            raise Reject(Reason.DISTRACTORS, f"options {mixed}")
+        return mixed, position
+
+    def number_options(self, value: float, places: int, count: int = 4) -> list[str]:
+        """Wrong numbers around ``value``: ratio 0.4 to 1.8, 20 % apart from the truth and each other.
+
+        The rank of the truth among the options is uniform.
+
+        Raises:
+            Reject: ``distractors``: the number is too coarse for that.
+        """
+        below = self.draws.integer(count)
+        low, high = OPTION_RATIO
+        wrong: list[float] = []
+        for side in range(count - 1):
+            smaller = side < below
+            for _ in range(24):
+                share = self.draws.unit()
+                ratio = (
+                    low + share * (1 - OPTION_GAP - low)
+                    if smaller
+                    else 1 + OPTION_GAP + share * (high - 1 - OPTION_GAP)
+                )
+                candidate = round_half_up(value * ratio, places)
+                if all(
+                    abs(candidate - other) >= OPTION_GAP * max(abs(candidate), abs(other)) - 1e-9
+                    for other in (value, *wrong)
+                ):
+                    wrong.append(candidate)
+                    break
+            else:
+                raise Reject(Reason.DISTRACTORS, f"no numeric distractor for {value}")
+        return [number_text(item, places) for item in wrong]
+
+    def count_options(self, value: int, count: int = 4) -> list[str]:
+        """Wrong counts within 3 of the truth, at least 0."""
+        near = [value + step for step in (-3, -2, -1, 1, 2, 3) if value + step >= 0]
+        return [str(item) for item in self.draws.shuffled(near)[: count - 1]]
+
+    # Turns ---------------------------------------------------------------------------------------
+    def turn(
+        self,
+        answer_type: AnswerType,
+        answer: Any,
+        slots: Mapping[str, Any],
+        *,
+        variant: str = "",
+        unit: str | None = None,
+        places: int | None = None,
+        wrong: Sequence[str] | None = None,
+        form: Form | None = None,
+    ) -> Turn:
+        """Write one question with its answer.
+
+        Args:
+            answer_type: Type of ``answer`` for the open forms; MCQ always stores the option's text.
+            answer: Typed value; a number is rounded to ``places``.
+            slots: Values of the template's slots.
+            variant: Part of the template key.
+            unit: Unit of a number; selects ``FORM@unit`` templates.
+            places: Decimals of a number.
+            wrong: Wrong option texts; given for MCQ only.
+            form: Overrides the form of the row (turns of a dialogue).
+        """
+        base = form or self.base
+        template = self.book.choose(
+            self.draws, self.wording, self.ctx.scene.split, self.task, base, variant, unit
+        )
+        question, spans = template.fill(slots)
+        if answer_type == "number":
+            answer = round_half_up(answer, places if places is not None else 2)
+            shown = number_text(answer, places if places is not None else 2)
+        else:
+            shown = format_answer(answer_type, answer)
+        options: list[str] = []
+        choice: int | None = None
+        if base == "MCQ":
+            if wrong is None:
+                raise ValueError(f"task {self.task}: form MCQ needs wrong options")
+            answer_type, answer = "mcq", shown
+            options, choice = self.options(shown, wrong)
+            block = "\n".join(
+                f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False)
+            )
+            question = f"{question}\n{block}"
+        text = format_answer(answer_type, answer, options=options) if base == "MCQ" else shown
+        sentence = self.in_sentence and base != "JSON"
+        reply, reply_id = text, "terse"
+        if sentence:
+            reply, reply_id = self._sentence(base, answer, shown, choice, unit)
+        elif self.wording.hints and base != "JSON" and answer_type in _HINTED:
+            hint = self.book.choose(self.draws, self.wording, "train", "_hint", base).text
+            question = f"{question}\n{hint}" if base == "MCQ" else f"{question} {hint}"
+        return Turn(
+            form="SENT" if sentence else base,
+            answer_type=answer_type,
+            question=question,
+            reply=reply,
+            answer=answer,
+            answer_text=text,
+            template_id=template.id,
+            answer_template_id=reply_id,
+            unit=unit,
+            options=tuple(options),
+            choice_idx=choice,
+            spans=spans,
+        )
+
+    def _sentence(
+        self, base: Form, answer: Any, shown: str, choice: int | None, unit: str | None
+    ) -> tuple[str, str]:
+        """A sentence that states the answer, and the id of its pattern."""
+        variant = str(answer).lower() if base == "YN" else ""
+        template = self.book.choose(self.draws, self.wording, "train", "_reply", base, variant)
+        letter = "" if choice is None else LETTERS[choice]
+        slots = {"answer": shown, "letter": letter, "unit": UNIT_WORDS.get(unit or "", "")}
+        text = template.fill(slots)[0].replace(" .", ".")
+        return text, template.id
+
+    # Rows ----------------------------------------------------------------------------------------
+    def qa(self, *turns: Turn, tags: Sequence[str] = (), group: str = "", system: str = "") -> QA:
+        """Finish the question: slots for the objects it names, formats it may be shown in."""
+        slots = [] if self.media == "none" else self._slots(turns)
+        return QA(
+            turns=list(turns),
+            frames=self.frames,
+            media=self.media,
+            slots=slots,
+            marks=self.marks,
+            formats_ok=self._formats(slots),
+            system=system or None,
+            tags=tuple(tags),
+            group=group,
+        )
+
+    def _slots(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+        if self.media == "video":
+            return []
+        offset = 1 if self.args.get("system") else 0
+        spans: dict[int, list[list[int]]] = {}
+        for number, turn in enumerate(turns):
+            for obj, ranges in turn.spans.items():
+                message = offset + 2 * number
+                spans.setdefault(obj, []).extend([message, a, b] for a, b in ranges)
+        slots = []
+        for obj, places in spans.items():
+            ref = self.refs[obj]
+            boxes = {}
+            for image, frame in enumerate(self.frames):
+                view = self.ctx.view(frame)
+                if view.is_clean(obj):
+                    boxes[str(image)] = [round(value, 1) for value in view.vis[obj].bbox2d]
+            slots.append(
+                {
+                    "obj": obj,
+                    "label": ref.label,
+                    "phrase": ref.short,
+                    "boxes": boxes,
+                    "masks": {},
+                    "spans": places,
+                }
+            )
+        return slots
+
+    def _formats(self, slots: Sequence[dict[str, Any]]) -> list[int]:
+        if self.media != "images" or not slots:
+            return [0]
+        from spatialvlm.synthesis.formats import allowed_formats
+
+        return allowed_formats(slots, self.marks)
+
+
+_HINTED = frozenset({"mcq", "yesno", "number", "text"})
+
+
+def dominant(values: Mapping[str, float]) -> tuple[str, float, float]:
+    """Largest entry: its key, its value, and its ratio to the second largest.
+
+    Args:
+        values: At least two non-negative numbers.
+    """
+    ranked = sorted(values, key=lambda key: (-round(values[key], 6), key))
+    first, second = values[ranked[0]], values[ranked[1]]
+    return ranked[0], first, first / second if second > 1e-9 else math.inf
