@@ -1,0 +1,1 @@
+"""Benchmark families: schema, prompts and aggregation of each."""
