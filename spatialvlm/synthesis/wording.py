@@ -7,7 +7,7 @@ A template file maps task -> key -> paraphrases. A key is ``[variant/]FORM[@unit
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
