@@ -97,7 +97,11 @@ def check_names(needed: Mapping[str, Shape], found: Mapping[str, Shape], origin:
 
 
 def encoder_fingerprint(
-    name: str, config: Mapping[str, Any], weights: Weights, tensors: Iterable[str]
+    name: str,
+    config: Mapping[str, Any],
+    weights: Weights,
+    tensors: Iterable[str],
+    prefix: str = "",
 ) -> str:
     """Identity of encoder, configuration, numerics and loaded weights.
 
@@ -107,7 +111,8 @@ def encoder_fingerprint(
         name: Name of the encoder.
         config: Everything that changes features, as JSON values.
         weights: The files.
-        tensors: Names of the tensors in use.
+        tensors: Names of the tensors in use, without prefix.
+        prefix: What stands before these names in the files; not part of the identity.
 
     Returns:
         64 hexadecimal digits.
@@ -119,7 +124,7 @@ def encoder_fingerprint(
             "encoder": name,
             "config": dict(config),
             "numerics": NUMERICS_VERSION,
-            "weights": _weights_hash(weights, sorted(tensors)),
+            "weights": _weights_hash(weights, sorted(tensors), prefix),
         }
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         result[0] = hashlib.sha256(text.encode()).hexdigest()
@@ -148,14 +153,18 @@ def check_fingerprint(expected: str, actual: str, *, allow_mismatch: bool) -> No
 _hashes: dict[tuple[Any, ...], str] = {}
 
 
-def _weights_hash(weights: Weights, names: list[str]) -> str:
+def _weights_hash(weights: Weights, names: list[str], prefix: str) -> str:
     """SHA-256 over names, dtypes, shapes and bytes; once per state of the files."""
     stats = [(str(file.resolve()), file.stat()) for file in weights.files]
-    key = (tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats), tuple(names))
+    key = (
+        tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats),
+        tuple(names),
+        prefix,
+    )
     if key not in _hashes:
         digest = hashlib.sha256()
         for name in names:
-            tensor = weights.read(name).contiguous()
+            tensor = weights.read(prefix + name).contiguous()
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         _hashes[key] = digest.hexdigest()

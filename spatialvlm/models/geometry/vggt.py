@@ -47,6 +47,15 @@ class VggtConfig:
         return self.embed_dim // self.num_heads
 
 
+def normalise(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+    """Subtract the mean and divide by the deviation of each channel of RGB in [0, 1].
+
+    Scalars instead of buffers: a checkpoint holds none, and no copy to the device is needed.
+    """
+    channels = zip(images.unbind(1), IMAGE_MEAN, IMAGE_STD, strict=True)
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
+
+
 class PatchEmbedding(nn.Module):
     """Non-overlapping convolution; the nesting keeps the released parameter names."""
 
@@ -66,7 +75,7 @@ class DinoVit(nn.Module):
     def __init__(self, config: VggtConfig) -> None:
         super().__init__()
         dim = config.embed_dim
-        self.grid = config.grid
+        self.grid, self.patch_size = config.grid, config.patch_size
         self.num_special = 1 + config.num_register_tokens
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid**2, dim))
@@ -89,11 +98,17 @@ class DinoVit(nn.Module):
         )
         return resized.flatten(2).transpose(1, 2)
 
-    def forward(self, x: Float[Tensor, "B 3 H W"], rows: int, cols: int) -> Float[Tensor, "B N D"]:
-        """Encode each frame alone."""
-        patches = self.patch_embed(x) + self.positions(rows, cols)
+    def embed(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B P D"]:
+        """Class token, registers and patches of normalised images; only class and patches have positions."""
+        patches: Tensor = self.patch_embed(images)
+        rows, cols = (side // self.patch_size for side in images.shape[-2:])
+        patches = patches + self.positions(rows, cols)
         special = torch.cat([self.cls_token + self.pos_embed[:, :1], self.register_tokens], dim=1)
-        x = torch.cat([special.expand(len(x), -1, -1), patches], dim=1)
+        return torch.cat([special.expand(len(patches), -1, -1), patches], dim=1)
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+        """Encode each frame alone; RGB in [0, 1]."""
+        x = self.embed(normalise(images))
         for block in self.blocks:
             x = block(x)
         out: Tensor = self.norm(x[:, self.num_special :])
@@ -147,13 +162,7 @@ class Aggregator(nn.Module):
         """
         batch, num_frames, _, height, width = images.shape
         rows, cols = height // self.config.patch_size, width // self.config.patch_size
-        patches = self._patches(images.flatten(0, 1), rows, cols)  # [B*S, N, D]
-        special = torch.cat([self.camera_token, self.register_token], dim=2)  # [1, 2, R, D]
-        # Variant 0 marks the first frame of a group, the world frame; variant 1 all others.
-        special = torch.cat([special[:, :1], special[:, 1:].expand(-1, num_frames - 1, -1, -1)], 1)
-        special = special.expand(batch, -1, -1, -1).flatten(0, 1)  # [B*S, R, D]
-        x = torch.cat([special, patches], dim=1)  # [B*S, P, D]
-
+        x = self._embed(images)  # [B*S, P, D]
         frame_rope = self._rope(rows, cols, images.device)
         global_rope = frame_rope.repeat(num_frames)
         kept: dict[int, Tensor] = {}
@@ -169,20 +178,15 @@ class Aggregator(nn.Module):
                 kept[index] = output.view(batch, num_frames, *output.shape[1:])  # [B, S, P, C]
         return kept
 
-    def _patches(self, images: Tensor, rows: int, cols: int) -> Tensor:
-        """Normalise and encode frames in chunks."""
-        # Scalars instead of buffers: a checkpoint holds none, and no copy to the device is needed.
-        normalised = torch.stack(
-            [
-                (images[:, channel] - mean) / std
-                for channel, (mean, std) in enumerate(zip(IMAGE_MEAN, IMAGE_STD, strict=True))
-            ],
-            dim=1,
-        )
-        chunks = [
-            self.patch_embed(chunk, rows, cols) for chunk in torch.split(normalised, self.vit_chunk)
-        ]
-        return torch.cat(chunks)
+    def _embed(self, images: Float[Tensor, "B S 3 H W"]) -> Float[Tensor, "F P D"]:
+        """Camera token, registers and patches of every frame."""
+        batch, num_frames = images.shape[:2]
+        special = torch.cat([self.camera_token, self.register_token], dim=2)  # [1, 2, R, D]
+        # Variant 0 marks the first frame of a group, the world frame; variant 1 all others.
+        special = torch.cat([special[:, :1], special[:, 1:].expand(-1, num_frames - 1, -1, -1)], 1)
+        special = special.expand(batch, -1, -1, -1).flatten(0, 1)  # [B*S, R, D]
+        chunks = torch.split(images.flatten(0, 1), self.vit_chunk)
+        return torch.cat([special, torch.cat([self.patch_embed(chunk) for chunk in chunks])], dim=1)
 
     def _rope(self, rows: int, cols: int, device: torch.device) -> Rope:
         """Patch (r, c) has position (r + 1, c + 1); special tokens stay at (0, 0)."""

@@ -79,7 +79,8 @@ def load_vggt(
         "vggt",
         {**asdict(config), "precision": precision},
         weights,
-        [prefix + name for name in aggregator.state_dict()],
+        aggregator.state_dict(),
+        prefix,
     )
     if str(source) not in _announced:
         _announced.add(str(source))
