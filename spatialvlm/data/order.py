@@ -118,18 +118,17 @@ def permute_array(index: IntArray, n: int, keys: Sequence[int]) -> IntArray:
     return result.astype(np.int64)
 
 
-def integer_weights(weights: Sequence[Fraction | float]) -> list[int]:
+def integer_weights(weights: Sequence[Fraction | int]) -> list[int]:
     """Weights as integers of small total, in the same ratio.
 
-    Row counts and fractions with a power-of-two denominator stay exact as long as the reduced total is
-    below 2^30; floats are rounded to multiples of 2^-20 first.
+    The ratio is exact as long as the reduced total is below 2^30, and rounded above.
 
     Args:
-        weights: Positive and finite.
+        weights: Positive.
     """
-    exact = [w if isinstance(w, Fraction) else Fraction(round(w * 2**20), 2**20) for w in weights]
+    exact = [Fraction(w) for w in weights]
     scale = math.lcm(*(w.denominator for w in exact))
-    whole = [max(1, int(w * scale)) for w in exact]
+    whole = [int(w * scale) for w in exact]
     shared = math.gcd(*whole)
     whole = [w // shared for w in whole]
     total = sum(whole)
@@ -146,7 +145,8 @@ def _count_left(q: int, w: int, total: int) -> int:
 
 def _count_left_array(q: IntArray, w: int, total: int) -> IntArray:
     cycles, rest = np.divmod(q, total)
-    return cycles * w + (2 * rest * w + total) // (2 * total)
+    counts: IntArray = cycles * w + (2 * rest * w + total) // (2 * total)
+    return counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ class SplitTree:
         weights: Positive weights, one per leaf.
     """
 
-    def __init__(self, weights: Sequence[Fraction | float]) -> None:
+    def __init__(self, weights: Sequence[Fraction | int]) -> None:
         self.weights = integer_weights(weights)
         # (weight, first leaf, node); the lightest two are merged, ties keep the order of the config
         parts: list[tuple[int, int, _Node | int]] = [

@@ -98,6 +98,8 @@ class Format:
     coords: CoordConvention = "none"
     same_scene: bool = False
     capability_keys: tuple[str, ...] = ("question_type", "task", "type")
+    version: int = 1
+    """Raised when the same row would give other samples; part of every index key."""
     exact: bool = False
     """Rows were verified when written: no fault is tolerated."""
     extra: Mapping[str, Any] = field(default_factory=dict)

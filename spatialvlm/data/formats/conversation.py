@@ -331,10 +331,10 @@ def _medium(
         return video_ref(attrs.base, value, clip)
     if isinstance(value, Mapping):
         if value.get("bytes"):
-            ref_kind = "video" if kind == "video" else "image"
-            return MediaRef(
-                cast("Any", ref_kind), "cell", place.file, f"{place.row}/{key}/{item}", clip_s=clip
-            )
+            member = f"{place.row}/{key}/{item}"
+            return MediaRef(cast("Any", kind), "cell", place.file, member, clip_s=clip)
+        if isinstance(value.get("tar"), str):
+            return MediaRef(cast("Any", kind), "tar", place.file, value["tar"], clip_s=clip)
         for name in ("path", "image", "url", "image_url", "video", "video_url"):
             nested = value.get(name)
             if nested is not None and nested != "":

@@ -1,0 +1,468 @@
+"""Random access to the rows of one file: JSON lines, a JSON array, Arrow, parquet, a tar shard.
+
+A container lists where its rows are (:meth:`Container.scan`) and reads one of them again by that address
+(:meth:`Container.read`). No file is ever loaded whole. Bytes of embedded media never enter a row: a true
+value stands in their place, and :meth:`Container.media_bytes` fetches them when they are decoded.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import re
+import shutil
+import tarfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spatialvlm.data.formats.base import IMAGE_SUFFIXES, VIDEO_SUFFIXES, suffix
+from spatialvlm.data.sample import MediaRef
+from spatialvlm.errors import ConfigError, DataError, MediaError
+
+_BLOCK = 1 << 20
+
+
+class RawRow(NamedTuple):
+    """One row and its address."""
+
+    row: int
+    """Number inside the file, from 0; of JSON lines, the line number less one."""
+    offset: int
+    length: int
+    value: Any
+    """The parsed row, or the :class:`DataError` that it is."""
+
+
+class Container:
+    """Rows of one file."""
+
+    path: Path
+
+    def scan(self) -> Iterator[RawRow]:
+        """All rows in file order."""
+        raise NotImplementedError
+
+    def read(self, row: int, offset: int, length: int) -> Any:
+        """One row at an address that :meth:`scan` gave.
+
+        Raises:
+            DataError: ``bad_json``.
+        """
+        raise NotImplementedError
+
+    def media_bytes(self, ref: MediaRef) -> list[bytes]:
+        """Embedded bytes of one medium: one entry, or one per frame.
+
+        Raises:
+            MediaError: ``bad_cell`` or ``missing``.
+        """
+        raise MediaError(
+            f"{self.path} holds no media, asked for {ref.member!r}.", reason="bad_cell"
+        )
+
+
+def parse_json(data: bytes, path: Path, line: Callable[[], int]) -> Any:
+    """Parse one row, or say where it is broken."""
+    try:
+        return json.loads(data)
+    except json.JSONDecodeError as error:
+        around = error.doc[max(0, error.pos - 40) : error.pos + 40]
+        raise DataError(
+            f"{path.name}:{line() + error.lineno - 1} column {error.colno}: {error.msg}, near {around!r}.",
+            reason="bad_json",
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path.name}:{line()}: {type(error).__name__}: {str(error)[:80]}.", reason="bad_json"
+        ) from error
+
+
+def _value_or_error(parse: Callable[[], Any]) -> Any:
+    try:
+        return parse()
+    except DataError as error:
+        return error
+
+
+class JsonLines(Container):
+    """One JSON value per line; blank lines are skipped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def scan(self, start: int = 0, stop: int | None = None, row: int = 0) -> Iterator[RawRow]:
+        """All rows, or those whose line starts in ``[start, stop)`` bytes, ``row`` being the first."""
+        with self.path.open("rb") as file:
+            file.seek(start)
+            offset = start
+            for number, line in enumerate(file, start=row):
+                if stop is not None and offset >= stop:
+                    return
+                length = len(line)
+                body = line[3:] if offset == 0 and line.startswith(b"\xef\xbb\xbf") else line
+                if not body.isspace():
+                    value = _value_or_error(partial(self._parse, body, number))
+                    yield RawRow(number, offset + length - len(body), len(body), value)
+                offset += length
+
+    def read(self, row: int, offset: int, length: int) -> Any:
+        """One row at the address that :meth:`scan` gave."""
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            return self._parse(file.read(length), row)
+
+    def ranges(self, parts: int) -> list[tuple[int, int, int]]:
+        """The file cut at line starts: (start byte, stop byte, first line number) per part."""
+        size = self.path.stat().st_size
+        cuts, rows = [0], [0]
+        lines = position = 0
+        with self.path.open("rb") as file:
+            while block := file.read(16 * _BLOCK):
+                target = size * len(cuts) // parts
+                while len(cuts) < parts and position <= target < position + len(block):
+                    line_end = block.find(b"\n", target - position)
+                    if line_end < 0:
+                        break
+                    cuts.append(position + line_end + 1)
+                    rows.append(lines + block.count(b"\n", 0, line_end + 1))
+                    target = size * len(cuts) // parts
+                lines += block.count(b"\n")
+                position += len(block)
+        return list(zip(cuts, [*cuts[1:], size], rows, strict=True))
+
+    def _parse(self, data: bytes, row: int) -> Any:
+        return parse_json(data, self.path, lambda: row + 1)
+
+
+class JsonArray(Container):
+    """A JSON array; its elements' byte ranges are found by brackets and strings, block by block."""
+
+    _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|["\[\]{},]', re.DOTALL)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def scan(self) -> Iterator[RawRow]:
+        """All rows in file order."""
+        for number, (offset, data) in enumerate(self._elements()):
+            value = _value_or_error(partial(self._parse, data, offset))
+            yield RawRow(number, offset, len(data), value)
+
+    def read(self, row: int, offset: int, length: int) -> Any:
+        """One row at the address that :meth:`scan` gave."""
+        del row
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            return self._parse(file.read(length), offset)
+
+    def _elements(self) -> Iterator[tuple[int, bytes]]:
+        """Byte offset and bytes of every element, without the white space around it."""
+        depth, base, begin = 0, 0, 0
+        buffer, position, ended = b"", 0, False
+        with self.path.open("rb") as file:
+            while not ended:
+                block = file.read(_BLOCK)
+                buffer += block
+                for token in self._TOKEN.finditer(buffer, position):
+                    char = buffer[token.start()]
+                    if char == 0x22 and token.end() - token.start() == 1:
+                        break  # a string that the next block ends
+                    position = token.end()
+                    if char in b"[{":
+                        depth += 1
+                        if depth == 1:
+                            begin = position
+                    elif char in b"]}":
+                        depth -= 1
+                    if (depth == 1 and char == 0x2C) or depth == 0:
+                        element = buffer[begin : token.start()].lstrip()
+                        if element:
+                            yield base + token.start() - len(element), element.rstrip()
+                        begin = position
+                    if depth == 0:
+                        ended = True
+                        break
+                if not block and not ended:
+                    raise DataError(
+                        f"{self.path} ends inside the row at line {self._line(base + begin)}: the array "
+                        "is cut off or a quote is missing, so later rows cannot be found. Repair the file.",
+                        reason="bad_json",
+                    )
+                buffer, base, position, begin = buffer[begin:], base + begin, position - begin, 0
+
+    def _parse(self, data: bytes, offset: int) -> Any:
+        return parse_json(data, self.path, partial(self._line, offset))
+
+    def _line(self, offset: int) -> int:
+        count, left = 1, offset
+        with self.path.open("rb") as file:
+            while left and (block := file.read(min(_BLOCK, left))):
+                count += block.count(b"\n")
+                left -= len(block)
+        return count
+
+
+class JoinedRows(Container):
+    """Rows held in memory, for small sets whose rows are joined from several files."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self._rows = rows
+
+    def scan(self) -> Iterator[RawRow]:
+        """All rows in file order."""
+        for number, value in enumerate(self._rows):
+            yield RawRow(number, number, 0, value)
+
+    def read(self, row: int, offset: int, length: int) -> Any:
+        """One row at the address that :meth:`scan` gave."""
+        del offset, length
+        return self._rows[row]
+
+
+class ArrowRows(Container):
+    """Rows of a memory-mapped Arrow file, or of a parquet file read by row groups.
+
+    Args:
+        path: An Arrow IPC file or stream, or a parquet file.
+        groups_open: Batches (Arrow) or row groups (parquet) kept at a time.
+    """
+
+    def __init__(self, path: Path, groups_open: int = 4) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.path = path
+        self._open: OrderedDict[int, tuple[Any, Any]] = OrderedDict()
+        self._groups_open = groups_open
+        self.groups_read = 0
+        """Row groups decoded so far; with the rows read, the read amplification."""
+        try:
+            if path.suffix == ".parquet":
+                file = pq.ParquetFile(path, memory_map=True)
+                sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+                self._load: Callable[[int], Any] = lambda g: _one_batch(file.read_row_group(g))
+            else:
+                source = pa.memory_map(str(path))
+                try:
+                    reader = pa.ipc.open_file(source)
+                    sizes = [reader.get_batch(b).num_rows for b in range(reader.num_record_batches)]
+                    self._load = reader.get_batch
+                except pa.ArrowInvalid:
+                    batches = pa.ipc.open_stream(source).read_all().to_batches()
+                    sizes = [batch.num_rows for batch in batches]
+                    self._load = batches.__getitem__
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ConfigError(f"{path} is not a readable Arrow or parquet file: {error}") from error
+        self._starts = [0]
+        for size in sizes:
+            self._starts.append(self._starts[-1] + size)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def scan(self) -> Iterator[RawRow]:
+        """All rows in file order."""
+        number = 0
+        for group in range(len(self._starts) - 1):
+            for value in self._group(group)[1].to_pylist():
+                yield RawRow(number, number, 0, value)
+                number += 1
+
+    def read(self, row: int, offset: int, length: int) -> Any:
+        """One row at the address that :meth:`scan` gave."""
+        del offset, length
+        group, index = self._find(row)
+        return self._group(group)[1].slice(index, 1).to_pylist()[0]
+
+    def media_bytes(self, ref: MediaRef) -> list[bytes]:
+        """Embedded bytes of one medium: one entry, or one per frame."""
+        return [self._cell(member) for member in ref.member.split("\n")]
+
+    def _cell(self, member: str) -> bytes:
+        row, field, item = member.split("/")
+        group, index = self._find(int(row))
+        scalar = self._group(group)[0].column(field)[index]
+        if int(item) >= 0 and scalar.is_valid:
+            scalar = scalar.values[int(item)]
+        value = scalar.as_py()
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(data, bytes) or not data:
+            raise MediaError(
+                f"{self.path.name}: the cell {member} holds no bytes.", reason="bad_cell"
+            )
+        return data
+
+    def _find(self, row: int) -> tuple[int, int]:
+        group = bisect.bisect_right(self._starts, row) - 1
+        return group, row - self._starts[group]
+
+    def _group(self, group: int) -> tuple[Any, Any]:
+        """A batch and the same batch without media bytes."""
+        if group in self._open:
+            self._open.move_to_end(group)
+            return self._open[group]
+        batch = self._load(group)
+        self.groups_read += 1
+        self._open[group] = batch, _without_bytes(batch)
+        if len(self._open) > self._groups_open:
+            self._open.popitem(last=False)
+        return self._open[group]
+
+
+def _one_batch(table: Any) -> Any:
+    import pyarrow as pa
+
+    batches = table.combine_chunks().to_batches()
+    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
+
+
+def _without_bytes(batch: Any) -> Any:
+    import pyarrow as pa
+
+    columns = [_strip(column) for column in batch.columns]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _strip(array: Any) -> Any:
+    """The same array with every binary value replaced by whether it is there."""
+    import pyarrow as pa
+
+    kind = array.type
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return array.is_valid()
+    if pa.types.is_struct(kind) and _holds_bytes(kind):
+        children = [_strip(array.field(i)) for i in range(kind.num_fields)]
+        return pa.StructArray.from_arrays(children, [f.name for f in kind], mask=array.is_null())
+    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _holds_bytes(kind):
+        build = pa.ListArray if pa.types.is_list(kind) else pa.LargeListArray
+        return build.from_arrays(array.offsets, _strip(array.values), mask=array.is_null())
+    return array
+
+
+def _holds_bytes(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return True
+    return any(_holds_bytes(kind.field(i).type) for i in range(kind.num_fields))
+
+
+def parquet_to_arrow(source: Path, target: Path) -> None:
+    """Write a parquet file as a memory-mappable Arrow file, once.
+
+    Raises:
+        DataError: The disk is too small.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(source, memory_map=True)
+    groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
+    need = sum(group.total_byte_size for group in groups)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if need > 0.95 * free:
+        raise DataError(
+            f"{source} needs {need / 1e9:.1f} GB as Arrow, {target.parent} has {free / 1e9:.1f} GB free. "
+            "Point data.index_dir to a larger disk, or set access: row_group for this source."
+        )
+    unfinished = target.with_suffix(".partial")
+    try:
+        with (
+            pa.OSFile(str(unfinished), "wb") as sink,
+            pa.ipc.new_file(sink, file.schema_arrow) as out,
+        ):
+            for batch in file.iter_batches(batch_size=256):
+                out.write_batch(batch)
+        unfinished.replace(target)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise DataError(f"cannot write {target}: {error}") from error
+
+
+class TarRows(Container):
+    """A WebDataset shard: ``<key>.json`` with the media members ``<key>.*`` beside it.
+
+    Media members stand in place of the row's own media fields, images and videos each in natural order;
+    the images of a row that has a ``video`` field are that video's frames.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._members: dict[str, tuple[int, int]] = {}
+        self._keys: dict[str, list[str]] = {}
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    if member.isfile():
+                        self._members[member.name] = (member.offset_data, member.size)
+                        self._keys.setdefault(_tar_key(member.name), []).append(member.name)
+        except tarfile.TarError as error:
+            raise ConfigError(
+                f"{path} is not an uncompressed tar file ({error}); unpack compressed shards first."
+            ) from error
+
+    def scan(self) -> Iterator[RawRow]:
+        """All rows in file order."""
+        for number, key in enumerate(self._keys):
+            offset, length = self._members.get(f"{key}.json", (0, 0))
+            yield RawRow(number, offset, length, _value_or_error(partial(self._row, key)))
+
+    def read(self, row: int, offset: int, length: int) -> Any:
+        """One row at the address that :meth:`scan` gave."""
+        del offset, length
+        return self._row(list(self._keys)[row])
+
+    def media_bytes(self, ref: MediaRef) -> list[bytes]:
+        """Embedded bytes of one medium: one entry, or one per frame."""
+        return [self._bytes(name) for name in ref.member.split("\n")]
+
+    def _bytes(self, name: str) -> bytes:
+        if name not in self._members:
+            raise MediaError(f"{self.path.name} has no member {name!r}.", reason="missing")
+        offset, size = self._members[name]
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def _row(self, key: str) -> Any:
+        names = self._keys[key]
+        if key.startswith("/") or ".." in key.split("/"):
+            raise DataError(
+                f"{self.path.name}: member {names[0]!r} names a place outside the shard.",
+                reason="refused_path",
+            )
+        if f"{key}.json" not in names:
+            raise DataError(f"{self.path.name}: {names[0]} has no {key}.json.", reason="schema")
+        row = parse_json(self._bytes(f"{key}.json"), self.path, lambda: 1)
+        media = sorted((name for name in names if name != f"{key}.json"), key=natural_key)
+        if not media or not isinstance(row, dict):
+            return row
+        frames = bool(row.get("video") or row.get("videos"))
+        row = {k: v for k, v in row.items() if k not in ("image", "images", "video", "videos")}
+        videos = [name for name in media if suffix(name) in VIDEO_SUFFIXES]
+        images = [name for name in media if suffix(name) in IMAGE_SUFFIXES]
+        if frames and images and not videos:
+            return row | {"videos": [{"tar": "\n".join(images)}]}
+        return row | {
+            "images": [{"tar": n} for n in images],
+            "videos": [{"tar": n} for n in videos],
+        }
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts ``frame_9`` before ``frame_10``."""
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part)
+        for part in re.split(r"([0-9]+)", name)
+        if part
+    ]
+
+
+def _tar_key(name: str) -> str:
+    folder, _, base = name.rpartition("/")
+    stem = base.split(".", 1)[0]
+    return f"{folder}/{stem}" if folder else stem

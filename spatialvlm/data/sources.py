@@ -1,0 +1,250 @@
+"""A source: some files of one format below one root, read row by row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from spatialvlm.data.containers import (
+    ArrowRows,
+    Container,
+    JoinedRows,
+    JsonArray,
+    JsonLines,
+    RawRow,
+    TarRows,
+    parquet_to_arrow,
+)
+from spatialvlm.data.formats import FORMATS, Format, Place, SourceAttrs, detect, read_row
+from spatialvlm.data.sample import MediaRef, Sample
+from spatialvlm.errors import ConfigError, DataError, MediaError
+
+_DETECT_ROWS = 100
+
+
+class Source:
+    """Files of one format. Nothing is opened before it is needed; an instance can be pickled to workers.
+
+    Args:
+        attrs: What the readers need to know.
+        files: Data files or glob patterns, relative to ``root``; a folder stands for the Arrow files of a
+            Hugging Face dataset saved in it.
+        root: Folder of data files and media.
+        format: A name of :data:`~spatialvlm.data.formats.FORMATS`, or ``auto``.
+        access: How parquet is read row by row: converted once to memory-mapped Arrow files below
+            ``cache_dir``, or by row groups.
+        cache_dir: Where converted files go.
+
+    Raises:
+        ConfigError: A file is missing, listed twice, or of no known kind.
+    """
+
+    def __init__(
+        self,
+        attrs: SourceAttrs,
+        *,
+        files: Sequence[str],
+        root: str | Path,
+        format: str = "auto",
+        access: Literal["arrow", "row_group"] = "arrow",
+        cache_dir: str | Path = ".cache/index",
+    ) -> None:
+        self.attrs = attrs
+        self.name, self.family = attrs.name, attrs.family
+        self.root = Path(root)
+        self.access = access
+        self.cache_dir = Path(cache_dir)
+        if format != "auto" and format not in FORMATS:
+            raise ConfigError(
+                f"source {self.name}: unknown format {format!r}; known: {', '.join(FORMATS)}."
+            )
+        self.files = _expand(self.name, self.root, files)
+        self.stems = _stems(self.files)
+        self._format = format
+        self._containers: dict[str, Container] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_containers": {}}
+
+    @property
+    def format(self) -> Format:
+        """The format, detected from the first rows when it is ``auto``."""
+        if self._format == "auto":
+            rows = [
+                raw.value
+                for raw in islice(self.container(0).scan(), _DETECT_ROWS)
+                if not isinstance(raw.value, DataError)
+            ]
+            self._format = detect(rows, f"source {self.name}, {self.files[0]}").name
+        return FORMATS[self._format]
+
+    def container(self, file: int | str) -> Container:
+        """The container of a data file: its number, or a path below the root."""
+        name = self.files[file] if isinstance(file, int) else file
+        if name not in self._containers:
+            self._containers[name] = self._open(name)
+        return self._containers[name]
+
+    def scan(
+        self, file: int, part: tuple[int, int, int] | None = None
+    ) -> Iterator[tuple[RawRow, list[Sample] | DataError]]:
+        """Every row of a file with its samples, or the reason why it has none.
+
+        Args:
+            file: Number of the file.
+            part: One part of :meth:`~spatialvlm.data.containers.JsonLines.ranges`; None = all.
+        """
+        fmt = self.format
+        container = self.container(file)
+        rows = container.scan()
+        if part is not None:
+            assert isinstance(container, JsonLines), f"{container} cannot be scanned in parts"
+            rows = container.scan(*part)
+        for raw in rows:
+            if isinstance(raw.value, DataError):
+                yield raw, raw.value
+                continue
+            try:
+                yield raw, read_row(raw.value, fmt, self.attrs, self.place(file, raw.row))
+            except DataError as error:
+                yield raw, error
+
+    def read(self, file: int, row: int, offset: int, length: int, epoch: int = 0) -> list[Sample]:
+        """Samples of one row at an address from :meth:`scan`.
+
+        Raises:
+            DataError: The row is not what it was when it was indexed.
+        """
+        value = self.container(file).read(row, offset, length)
+        return read_row(value, self.format, self.attrs, self.place(file, row, epoch))
+
+    def place(self, file: int, row: int, epoch: int = 0) -> Place:
+        """Where a row stands."""
+        return Place(self.files[file], self.stems[file], row, epoch)
+
+    def media_bytes(self, ref: MediaRef) -> list[bytes]:
+        """Embedded bytes of a medium in a cell or tar member: one entry, or one per frame.
+
+        Raises:
+            MediaError: The cell or member is missing or empty.
+        """
+        if not (self.root / ref.path).is_file():
+            raise MediaError(f"{ref.path} is not below {self.root}.", reason="missing")
+        return self.container(ref.path).media_bytes(ref)
+
+    def _open(self, name: str) -> Container:
+        path = self.root / name
+        kind = path.suffix.lower()
+        if kind == ".jsonl":
+            return JsonLines(path)
+        if kind == ".json":
+            return _open_json(path)
+        if kind == ".parquet":
+            if self.access == "row_group":
+                return ArrowRows(path)
+            stat = path.stat()
+            key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+            digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+            converted = self.cache_dir / "arrow" / f"{path.stem}-{digest}.arrow"
+            if not converted.is_file():
+                parquet_to_arrow(path, converted)
+            return ArrowRows(converted)
+        if kind == ".arrow":
+            return ArrowRows(path)
+        if kind == ".tar":
+            return TarRows(path)
+        raise ConfigError(
+            f"source {self.name}: {name} is of no known kind; "
+            "known: .jsonl, .json, .parquet, .arrow, .tar, and saved Hugging Face datasets."
+        )
+
+
+def _open_json(path: Path) -> Container:
+    with path.open("rb") as file:
+        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if head.startswith(b"["):
+        return JsonArray(path)
+    return JsonLines(path)
+
+
+def _expand(source: str, root: Path, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Files of the patterns, relative to the root; globs sorted."""
+    found: list[str] = []
+    for pattern in patterns:
+        paths = sorted(root.glob(pattern)) if any(c in pattern for c in "*?[") else [root / pattern]
+        if not paths or not paths[0].exists():
+            raise ConfigError(f"source {source}: no file {pattern!r} below {root}.")
+        for path in paths:
+            if path.is_dir():
+                found += [
+                    str((path / name).relative_to(root)) for name in _saved_dataset(source, path)
+                ]
+            else:
+                found.append(str(Path(path).relative_to(root)))
+    twice = sorted({name for name in found if found.count(name) > 1}) if len(found) < 10_000 else []
+    if twice:
+        raise ConfigError(
+            f"source {source}: {twice[0]} is listed twice; use repeat to draw rows more often."
+        )
+    return tuple(found)
+
+
+def _saved_dataset(source: str, folder: Path) -> list[str]:
+    state = folder / "state.json"
+    if not state.is_file():
+        raise ConfigError(
+            f"source {source}: {folder} is a folder without state.json; list its files, or a folder "
+            "written by datasets.Dataset.save_to_disk."
+        )
+    return [entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
+
+
+def _stems(files: Sequence[str]) -> tuple[str, ...]:
+    """Shortest endings of the paths, without extension, that tell the files apart."""
+    bare = [Path(name).with_suffix("").parts for name in files]
+    depth = 1
+    while len({parts[-depth:] for parts in bare}) < len(bare) and depth < max(map(len, bare)):
+        depth += 1
+    stems = ["/".join(parts[-depth:]) for parts in bare]
+    if len(set(stems)) < len(stems):  # the same name with several extensions
+        stems = list(files)
+    return tuple(stems)
+
+
+def check_sources(sources: Sequence[Source]) -> None:
+    """Refuse the same name or the same file in two sources.
+
+    Raises:
+        ConfigError: Names both sources.
+    """
+    names: set[str] = set()
+    owner: dict[Path, str] = {}
+    for source in sources:
+        if source.name in names:
+            raise ConfigError(f"two sources are named {source.name!r}; names are unique.")
+        names.add(source.name)
+        for name in source.files:
+            path = (source.root / name).resolve()
+            if path in owner:
+                raise ConfigError(
+                    f"{path} is a file of both {owner[path]!r} and {source.name!r}; its rows would be "
+                    "drawn twice. To draw rows more often, set repeat."
+                )
+            owner[path] = source.name
+
+
+def join_by_id(
+    questions: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]], key: str
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Rows of both lists merged by ``key``, in the order of the questions; and the ids without partner."""
+    by_id = {item.get(key): item for item in annotations}
+    rows = [dict(by_id[q.get(key)]) | dict(q) for q in questions if q.get(key) in by_id]
+    asked = {q.get(key) for q in questions}
+    return rows, sorted((asked ^ by_id.keys()) - {None}, key=str)
+
+
+__all__ = ["JoinedRows", "Source", "check_sources", "join_by_id"]

@@ -1,0 +1,202 @@
+"""Row tables: columns, keys, rejects, blocked scenes, and what rebuilds them."""
+
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from spatialvlm.data.formats import SourceAttrs
+from spatialvlm.data.index import FLAG_BLOCKED, FLAG_NO_ID, build_index, prefix_key
+from spatialvlm.data.sources import Source
+from spatialvlm.errors import BudgetError, DataError
+
+
+def talk(question, answer="Yes.", **fields):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"conversations": turns} | fields
+
+
+ROWS = [
+    talk("<image>\nOne?", image="a.jpg", question_type="count"),
+    talk("<image>\nTwo?", image="a.jpg", question_type="size"),
+    talk("<image>\nTwo?", image="b.jpg"),
+    talk("What? <image>", image="a.jpg"),
+    talk("No media?"),
+    [talk("<image>\nA?", image="a.jpg"), talk("<video>\nB?", video="v.mp4", scene_name="scene1")],
+]
+
+
+@pytest.fixture
+def make(tmp_path):
+    def make(rows=ROWS, name="rows.jsonl", **attrs):
+        (tmp_path / name).write_text(
+            "".join(json.dumps(r) + "\n" if not isinstance(r, str) else r + "\n" for r in rows)
+        )
+        return Source(
+            SourceAttrs("s", "spatial", **attrs), files=[name], root=tmp_path, format="sharegpt"
+        )
+
+    return make
+
+
+def test_columns(make, tmp_path):
+    index = build_index(make(), tmp_path / "index")
+    assert len(index) == 7
+    prefix, media = index.column("prefix_key"), index.column("media_key")
+    assert prefix[0] == prefix[1] == prefix[5] != prefix[2]
+    assert prefix[3] not in (0, prefix[0])
+    assert prefix[4] == media[4] == 0
+    assert media[0] == media[3] != media[2]
+    assert index.column("row").tolist() == [0, 1, 2, 3, 4, 5, 5]
+    assert index.column("sub").tolist() == [0, 0, 0, 0, 0, 0, 1]
+    assert index.column("images").tolist() == [1, 1, 1, 1, 0, 1, 0]
+    assert index.column("videos").tolist() == [0, 0, 0, 0, 0, 0, 1]
+    assert index.column("prompt_chars")[0] == len("\nOne?")
+    assert index.column("answer_chars")[0] == 4
+    assert index.capabilities == ("count", "size")
+    assert index.column("capability").tolist() == [0, 1, -1, -1, -1, -1, -1]
+    assert index.eligible().all()
+    assert index.sample(6).media[0].path == "v.mp4"
+    assert index.sample(6).uid == "s/rows#5.1"
+    again = pickle.loads(pickle.dumps(index))
+    assert [again.sample(i) for i in range(7)] == [index.sample(i) for i in range(7)]
+
+
+def test_rows_with_media_after_the_first_answer_never_group(make, tmp_path):
+    row = talk("<image>\nOne?", image=["a.jpg", "b.jpg"])
+    row["conversations"] += talk("<image> Two?")["conversations"]
+    index = build_index(make([row]), tmp_path / "index")
+    assert index.column("prefix_key")[0] == 0
+    assert index.column("media_key")[0] != 0
+
+
+def test_marks_and_system_text_are_part_of_the_prefix(make, tmp_path):
+    rows = [
+        talk("<image>\nOne?", image="a.jpg"),
+        talk("<image>\nOne?", image="a.jpg", system="Be short."),
+    ]
+    index = build_index(make(rows), tmp_path / "index")
+    assert len(set(index.column("prefix_key").tolist())) == 2
+    sample = index.sample(0)
+    assert prefix_key(sample) != prefix_key(sample, b"other root")
+
+
+def test_tables_are_reused_until_files_or_options_change(make, tmp_path):
+    def folder(source):
+        return build_index(source, tmp_path / "index").folder
+
+    first = folder(make())
+    stamp = (first / "info.json").stat().st_mtime_ns
+    os.utime(tmp_path / "rows.jsonl", ns=(0, (tmp_path / "rows.jsonl").stat().st_mtime_ns))
+    assert (
+        folder(
+            Source(
+                SourceAttrs("s", "spatial"), files=["rows.jsonl"], root=tmp_path, format="sharegpt"
+            )
+        )
+        == first
+    )
+    assert (first / "info.json").stat().st_mtime_ns == stamp
+    assert folder(make(pinned=True)) != first
+    content = build_index(make(), tmp_path / "index").content_key
+    os.utime(tmp_path / "rows.jsonl", ns=(0, 10**18))
+    later = build_index(
+        Source(SourceAttrs("s", "spatial"), files=["rows.jsonl"], root=tmp_path, format="sharegpt"),
+        tmp_path / "index",
+    )
+    assert later.folder != first
+    assert later.content_key == content
+
+
+def test_rejected_rows_are_listed_counted_and_bounded(make, tmp_path):
+    rows = [talk(f"Q{i}?") for i in range(197)] + ["{oops", talk("Q?", ""), {"conversations": []}]
+    source = make(rows)
+    with pytest.raises(
+        BudgetError, match=r"3 of 200 rows were rejected.*bad_json 1 \(first: s/rows#197\)"
+    ):
+        build_index(source, tmp_path / "index")
+    index = build_index(source, tmp_path / "index", max_rejected_fraction=0.1)
+    assert index.rejected() == {"bad_json": 1, "empty_answer": 1, "no_answer": 1}
+    assert index.eligible().sum() == 197
+    events = [
+        json.loads(line) for line in (index.folder / "rejected.jsonl").read_text().splitlines()
+    ]
+    assert [e["row"] for e in events] == [197, 198, 199]
+    assert "rows.jsonl:198 column 2" in events[0]["message"]
+    with pytest.raises(DataError):
+        index.sample(197)
+
+
+def test_a_source_without_a_good_row_is_an_error(make, tmp_path):
+    with pytest.raises(DataError, match="every row was rejected: no_answer 2"):
+        build_index(make([{"conversations": []}] * 2), tmp_path / "index", max_rejected_fraction=1)
+    with pytest.raises(DataError, match="has no rows"):
+        build_index(make([], "empty.jsonl"), tmp_path / "index")
+
+
+def test_excluded_rows_are_no_defect(make, tmp_path):
+    rows = [talk("<image>?", image="procthor/1.jpg"), talk("<image>?", image="real/1.jpg")]
+    index = build_index(make(rows, exclude_prefixes=("procthor",)), tmp_path / "index")
+    assert index.rejected() == {"excluded": 1}
+    assert index.eligible().tolist() == [False, True]
+
+
+def check(text):
+    if "scene" not in text:
+        return None
+    return ("evaluation",) if "scene1" in text else ()
+
+
+def test_blocked_scenes_are_found_in_fields_and_paths(make, tmp_path):
+    rows = [
+        *ROWS,
+        talk("<image>?", image="scans/scene1/3.jpg"),
+        talk("<image>?", image="scene2.jpg"),
+    ]
+    index = build_index(make(rows), tmp_path / "index", check=check, check_key="v1")
+    blocked = (index.column("flags") & FLAG_BLOCKED) > 0
+    assert blocked.tolist() == [False] * 6 + [True, True, False]
+    unknown = (index.column("flags") & FLAG_NO_ID) > 0
+    assert unknown.tolist() == [True, True, True, True, False, True, False, False, False]
+    assert index.info["blocked"] == {"evaluation": 2}
+    assert index.info["blocked_first"] == {"evaluation": ["s/rows#5.1", "s/rows#6"]}
+    assert index.eligible(drop_blocked=True).sum() == 7
+    other = build_index(index.source, tmp_path / "index", check=lambda text: (), check_key="v2")
+    assert other.folder != index.folder
+    assert not other.info["blocked"]
+
+
+def test_two_processes_build_the_same_table(make, tmp_path, monkeypatch):
+    monkeypatch.setattr("spatialvlm.data.index._PARALLEL_BYTES", 1)
+    rows = [talk(f"<image> {i}?", image=f"{i % 9}.jpg", type=f"t{i % 4}") for i in range(500)] + [
+        "{"
+    ]
+    source = make(rows)
+    one = build_index(source, tmp_path / "one")
+    two = build_index(source, tmp_path / "two", workers=2)
+    for name in ("offset", "row", "prefix_key", "capability", "reason", "length"):
+        assert np.array_equal(one.column(name), two.column(name)), name
+    assert one.info == two.info
+    assert (one.folder / "rejected.jsonl").read_text() == (
+        two.folder / "rejected.jsonl"
+    ).read_text()
+
+
+def test_a_changed_file_is_noticed(make, tmp_path):
+    index = build_index(make(), tmp_path / "index")
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(DataError, match=r"s/rows#0: .*bytes and had"):
+        index.sample(0)
+
+
+def test_a_failed_build_leaves_nothing_behind(make, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("spatialvlm.data.index._merge", full)
+    with pytest.raises(DataError, match="No space left"):
+        build_index(make(), tmp_path / "index")
+    assert [p.suffix for p in (tmp_path / "index").iterdir()] == [".lock"]
