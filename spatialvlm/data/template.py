@@ -7,6 +7,7 @@ text, and media. Text of rows is encoded with special tokens disabled, so a user
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -172,6 +173,12 @@ class ChatTemplate:
                 "use the tokenizer files that belong to the model"
             )
         return int(found)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of tokenizer and template."""
+        text = f"{self.family}|{self.system}|{self._json}"
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     @property
     def before_media(self) -> int | None:

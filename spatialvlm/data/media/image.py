@@ -69,7 +69,7 @@ def decode_image(
             raise MediaError(
                 f"{name} is cut off or damaged: {error}", reason="truncated"
             ) from error
-        return np.asarray(_to_rgb(ImageOps.exif_transpose(image), name), dtype=np.uint8)
+        return np.array(_to_rgb(ImageOps.exif_transpose(image), name), dtype=np.uint8)
 
 
 def _open(data: bytes | Path, name: str) -> Image.Image:

@@ -1,0 +1,122 @@
+"""Sizes of rows, measured from headers and token counts, kept per source and cached on disk.
+
+The cache key covers tokenizer, template, layout, media policy and over-long policy, and lies inside the
+folder of the row table, whose key covers the files. The mixture is no part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from spatialvlm.data.faults import LOAD_REASONS
+from spatialvlm.data.prepare import SampleEncoder
+from spatialvlm.data.sample import LENGTH_DTYPE
+from spatialvlm.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from spatialvlm.data.sample import DrawArray, LengthArray
+
+_VERSION = 1
+
+
+class LengthTable:
+    """Sizes of all rows of all sources.
+
+    Attributes:
+        records: Per source, ``[rows]`` of ``LENGTH_DTYPE``; 0 tokens = not measured or not usable.
+        reasons: Per source, uint8 ``[rows]``: 0 = fine or not measured, else 1 + index into ``LOAD_REASONS``.
+        messages: Source and row -> why it cannot be used.
+    """
+
+    def __init__(self, encoder: SampleEncoder) -> None:
+        self.encoder = encoder
+        self.records: list[LengthArray] = []
+        self.reasons: list[npt.NDArray[np.uint8]] = []
+        self.messages: dict[tuple[int, int], str] = {}
+        for source in range(len(encoder.indices)):
+            records, reasons = self._load(source)
+            self.records.append(records)
+            self.reasons.append(reasons)
+
+    def complete(self, source: int) -> bool:
+        """Every eligible row of a source is measured."""
+        index = self.encoder.indices[source]
+        known = (self.records[source]["tokens"] > 0) | (self.reasons[source] > 0)
+        return bool(np.all(known | ~index.eligible()))
+
+    def measure(self, source: int, rows: Sequence[int] | npt.NDArray[np.int64]) -> None:
+        """Measure rows that are not measured yet."""
+        records, reasons = self.records[source], self.reasons[source]
+        for row in rows:
+            if records["tokens"][row] or reasons[row]:
+                continue
+            try:
+                records[row] = self.encoder.measure(source, int(row))
+            except DataError as error:
+                if error.reason not in LOAD_REASONS:
+                    raise
+                reasons[row] = 1 + LOAD_REASONS.index(error.reason)
+                self.messages[source, int(row)] = str(error)
+
+    def measure_all(self, source: int) -> None:
+        """Measure every eligible row of a source and write the cache."""
+        if self.complete(source):
+            return
+        self.measure(source, np.flatnonzero(self.encoder.indices[source].eligible()))
+        self._save(source)
+
+    def usable(self, source: int) -> npt.NDArray[np.bool_]:
+        """Rows that can be trained on, as far as measured."""
+        usable: npt.NDArray[np.bool_] = self.encoder.indices[source].eligible() & (
+            self.reasons[source] == 0
+        )
+        return usable
+
+    def lookup(self, draws: DrawArray) -> LengthArray:
+        """One record per draw; rows are measured as needed."""
+        out = np.zeros(len(draws), LENGTH_DTYPE)
+        for source in np.unique(draws["source"]):
+            mine = draws["source"] == source
+            rows = draws["row"][mine]
+            self.measure(int(source), rows)
+            out[mine] = self.records[source][rows]
+        return out
+
+    def rejected(self, source: int) -> dict[str, int]:
+        """Unusable rows per reason."""
+        counts = Counter(self.reasons[source][self.reasons[source] > 0].tolist())
+        return {LOAD_REASONS[code - 1]: n for code, n in sorted(counts.items())}
+
+    def _path(self, source: int) -> Path:
+        encoder = self.encoder
+        what = (
+            _VERSION,
+            encoder.template.fingerprint,
+            encoder.layout,
+            encoder.media[source].policy,
+            encoder.overlong,
+            encoder.train_on,
+        )
+        key = hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()
+        return encoder.indices[source].folder / f"lengths-{key}.npz"
+
+    def _load(self, source: int) -> tuple[LengthArray, npt.NDArray[np.uint8]]:
+        path, rows = self._path(source), len(self.encoder.indices[source])
+        if path.is_file():
+            with np.load(path) as found:
+                return found["records"], found["reasons"]
+        return np.zeros(rows, LENGTH_DTYPE), np.zeros(rows, np.uint8)
+
+    def _save(self, source: int) -> None:
+        path = self._path(source)
+        partial = path.with_suffix(".partial.npz")
+        np.savez(partial, records=self.records[source], reasons=self.reasons[source])
+        partial.replace(path)

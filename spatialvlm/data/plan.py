@@ -1,0 +1,255 @@
+"""Which draws go into which pack on which rank: one plan per optimizer step, the same on every rank.
+
+A step's draws become items (shared-prefix groups and single samples), items become packs of bounded
+length, and packs are dealt to ranks so that every micro-step costs all ranks about the same. The plan is a
+pure function of draws, lengths and world size, so nothing is communicated.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from spatialvlm.data.sample import Draw, PackPlan, StepPlan
+from spatialvlm.errors import ConfigError, DataError
+from spatialvlm.typing import CostCoefficients, ModalityFlags
+
+if TYPE_CHECKING:
+    from spatialvlm.data.sample import DrawArray, LengthArray
+
+
+@dataclass(frozen=True, slots=True)
+class PackingArgs:
+    """Limits of packs and groups.
+
+    ``max_branches`` 1 switches sharing off; ``compute="separate"`` plans as if shared, then lists every
+    sample alone, to compare the two. ``fixed_micro_steps`` forces that many micro-steps.
+    """
+
+    max_tokens: int = 16_384
+    enabled: bool = True
+    max_branches: int = 8
+    compute: Literal["shared", "separate"] = "shared"
+    fixed_micro_steps: int | None = None
+
+
+class Item(NamedTuple):
+    """One group or single sample."""
+
+    members: tuple[int, ...]
+    """Indices into the step's draws, ascending."""
+    tokens: int
+    cost: float
+
+
+def plan_step(
+    draws: DrawArray,
+    lengths: LengthArray,
+    cost: CostCoefficients,
+    world: int,
+    packing: PackingArgs,
+    *,
+    step: int = 0,
+) -> StepPlan:
+    """Plan one optimizer step.
+
+    Args:
+        draws: The step's draws, in order.
+        lengths: One record per draw; a draw of 0 tokens is an empty slot and is left out.
+        cost: FLOPs coefficients of the model.
+        world: Number of ranks; the number of packs is a multiple of it.
+        packing: Limits.
+        step: Number written into the plan.
+
+    Raises:
+        DataError: A sample is longer than ``packing.max_tokens``.
+        ConfigError: ``fixed_micro_steps`` is infeasible.
+    """
+    items = make_items(lengths, cost, packing)
+    packs = _pack(items, world, packing)
+    packs.sort(key=lambda pack: -sum(item.cost for item in pack))
+    plans = [_pack_plan(pack, draws, packing) for pack in packs]
+    micro_steps, flags = [], []
+    for index in range(0, len(plans), world):
+        turn = plans[index : index + world]
+        micro_steps.append(tuple(turn if index // world % 2 == 0 else reversed(turn)))
+        members = [
+            i for pack in packs[index : index + world] for item in pack for i in item.members
+        ]
+        flags.append(_flags(lengths[members], boundary=index + world >= len(plans)))
+    first = int(draws["position"][0]) if len(draws) else 0
+    return StepPlan(step, range(first, first + len(draws)), tuple(micro_steps), tuple(flags))
+
+
+def make_items(lengths: LengthArray, cost: CostCoefficients, packing: PackingArgs) -> list[Item]:
+    """Groups of draws with equal keys, at most ``max_branches`` and ``max_tokens`` each, and singles.
+
+    Raises:
+        DataError: A single sample above ``max_tokens``.
+    """
+    by_key: dict[int, list[int]] = {}
+    singles: list[list[int]] = []
+    keys = lengths["group_key"].tolist()
+    tokens, prefix = lengths["tokens"].tolist(), lengths["prefix_tokens"].tolist()
+    for index, (key, count) in enumerate(zip(keys, tokens, strict=True)):
+        if count > packing.max_tokens:
+            raise DataError(
+                f"draw {index} of the step has {count} tokens, more than packing.max_tokens={packing.max_tokens}; "
+                "raise it or lower packing.max_length",
+                reason="overlong",
+            )
+        if count == 0:
+            continue
+        if key and packing.max_branches > 1:
+            by_key.setdefault(key, []).append(index)
+        else:
+            singles.append([index])
+    groups = [part for group in by_key.values() for part in _split(group, tokens, prefix, packing)]
+    costs = member_cost(lengths, cost)
+    items = [_item(group, lengths, costs, cost) for group in groups + singles]
+    return sorted(items, key=lambda item: item.members)
+
+
+def member_cost(lengths: LengthArray, cost: CostCoefficients) -> dict[str, Any]:
+    """Parts of the predicted cost per draw: ``media`` is paid once per group, ``head`` per sample."""
+    media = (
+        cost.per_patch * lengths["patches"]
+        + cost.per_patch_pair * lengths["patch_pairs"]
+        + cost.geometry_per_token * lengths["geometry_tokens"]
+        + cost.geometry_per_frame_pair * lengths["geometry_frame_pairs"]
+        + cost.geometry_per_global_pair * lengths["geometry_global_pairs"]
+    )
+    head = cost.per_head_row * lengths["label_tokens"]
+    return {"media": media.tolist(), "head": head.tolist()}
+
+
+def shared_tokens_and_pairs(prefix: int, lengths: Sequence[int]) -> tuple[int, int]:
+    """Tokens and attention pairs of samples of the given lengths behind one prefix.
+
+    A prefix of P tokens has P(P+1)/2 pairs, a branch of L tokens L·P + L(L+1)/2.
+    """
+    branches = [length - prefix for length in lengths]
+    tokens = prefix + sum(branches)
+    pairs = prefix * (prefix + 1) // 2 + sum(n * prefix + n * (n + 1) // 2 for n in branches)
+    return tokens, pairs
+
+
+def _item(
+    group: list[int], lengths: LengthArray, costs: dict[str, Any], cost: CostCoefficients
+) -> Item:
+    rows = lengths[group]
+    prefix = int(rows["prefix_tokens"].min()) if len(group) > 1 else 0
+    tokens, pairs = shared_tokens_and_pairs(prefix, rows["tokens"].tolist())
+    flops = cost.per_token * tokens + cost.per_pair * pairs + costs["media"][group[0]]
+    return Item(tuple(group), tokens, flops + sum(costs["head"][i] for i in group))
+
+
+def _split(
+    group: list[int], tokens: list[int], prefix: list[int], packing: PackingArgs
+) -> list[list[int]]:
+    """Cut equal-key draws into groups that fit, longest branches first."""
+    if len(group) == 1:
+        return [group]
+    shared = min(prefix[i] for i in group)
+    parts: list[tuple[int, list[int]]] = []  # branch tokens, members
+    for i in sorted(group, key=lambda i: (-tokens[i], i)):
+        own = tokens[i] - shared
+        fitting = [
+            part
+            for part in parts
+            if len(part[1]) < packing.max_branches and shared + part[0] + own <= packing.max_tokens
+        ]
+        if fitting:
+            best = max(fitting, key=lambda part: part[0])
+            parts[parts.index(best)] = (best[0] + own, [*best[1], i])
+        else:
+            parts.append((own, [i]))
+    return [sorted(members) for _, members in parts]
+
+
+def _pack(items: list[Item], world: int, packing: PackingArgs) -> list[list[Item]]:
+    """Distribute items over packs: as few as best-fit-decreasing needs, then level their cost."""
+    if not packing.enabled:
+        packs = [[item] for item in items]
+        if packing.fixed_micro_steps is not None:
+            raise ConfigError("packing.fixed_micro_steps needs packing.enabled: true")
+        return packs + [[] for _ in range(max(-len(packs) % world, world if not packs else 0))]
+    fewest = best_fit_decreasing([item.tokens for item in items], packing.max_tokens)
+    count = world * max(-(-fewest // world), 1)
+    if packing.fixed_micro_steps is not None:
+        wanted = world * packing.fixed_micro_steps
+        if wanted < count:
+            raise ConfigError(
+                f"packing.fixed_micro_steps={packing.fixed_micro_steps} gives {wanted} packs, but this step needs "
+                f"{count} of {packing.max_tokens} tokens; raise it, or lower step.global_batch_size"
+            )
+        count = wanted
+    packs = [[] for _ in range(count)]
+    load = np.zeros(count)
+    room = np.full(count, packing.max_tokens)
+    for item in sorted(items, key=lambda item: (-item.cost, item.members)):
+        at = int(np.argmin(np.where(room >= item.tokens, load, np.inf)))
+        if room[at] < item.tokens:
+            if packing.fixed_micro_steps is not None:
+                raise ConfigError(
+                    f"packing.fixed_micro_steps={packing.fixed_micro_steps}: an item of {item.tokens} tokens finds no "
+                    "room; raise it or packing.max_tokens"
+                )
+            at = len(packs)
+            packs += [[] for _ in range(world)]
+            load = np.concatenate([load, np.zeros(world)])
+            room = np.concatenate([room, np.full(world, packing.max_tokens)])
+        packs[at].append(item)
+        load[at] += item.cost
+        room[at] -= item.tokens
+    return packs
+
+
+def best_fit_decreasing(sizes: Sequence[int], capacity: int) -> int:
+    """Number of bins best-fit-decreasing uses."""
+    rooms: list[int] = []
+    for size in sorted(sizes, reverse=True):
+        at = bisect_left(rooms, size)
+        left = (rooms.pop(at) if at < len(rooms) else capacity) - size
+        insort(rooms, left)
+    return len(rooms)
+
+
+def _pack_plan(pack: list[Item], draws: DrawArray, packing: PackingArgs) -> PackPlan:
+    pack = sorted(pack, key=lambda item: item.members)
+    members = [i for item in pack for i in item.members]
+    groups, at = [], 0
+    for item in pack:
+        groups.append(tuple(range(at, at + len(item.members))))
+        at += len(item.members)
+    if packing.compute == "separate":
+        groups = [(i,) for i in range(len(members))]
+    return PackPlan(
+        draws=tuple(Draw(*draws[i].item()) for i in members),
+        groups=tuple(groups),
+        tokens=sum(item.tokens for item in pack),
+        cost=sum(item.cost for item in pack),
+    )
+
+
+def _flags(lengths: LengthArray, *, boundary: bool) -> ModalityFlags:
+    return ModalityFlags(
+        image=bool(np.any(lengths["images"] > 0)),
+        video=bool(np.any(lengths["videos"] > 0)),
+        geometry=bool(np.any(lengths["geometry_tokens"] > 0)),
+        boundary=boundary,
+    )
+
+
+def imbalance(plan: StepPlan) -> float:
+    """Mean over micro-steps of (largest pack cost / mean pack cost) - 1."""
+    ratios = []
+    for packs in plan.packs:
+        costs = [pack.cost for pack in packs]
+        if any(costs):
+            ratios.append(max(costs) * len(costs) / sum(costs) - 1)
+    return float(np.mean(ratios)) if ratios else 0.0

@@ -1,0 +1,200 @@
+"""Steps: complete, equal for every world size and worker count, resumable by one integer."""
+
+import numpy as np
+import pytest
+import torch
+
+from spatialvlm.data.build import build_data
+from spatialvlm.data.sample import World
+from spatialvlm.errors import DataError, StateError
+from spatialvlm.models.build import build_layout
+from spatialvlm.typing import CostCoefficients
+
+COST = CostCoefficients(
+    per_token=1e6, per_pair=1e2, per_head_row=1e5, per_patch=1e5, per_patch_pair=10.0
+)
+
+
+def build(config, folder, world=None, state=None, **options):
+    return build_data(
+        config, folder, build_layout(folder), COST, world or World(), state=state, **options
+    )
+
+
+def uids(step):
+    return sorted(uid for batch in step.batches for uid in batch["uids"])
+
+
+def equal(a, b):
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        same = torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key]
+        assert same, key
+
+
+@pytest.mark.parametrize("family", ["qwen2_5vl", "qwen3vl", "internvl3"])
+def test_batches_are_well_formed(family, tiny_checkpoint, toy_config):
+    loader = build(toy_config(), tiny_checkpoint(family))
+    steps = list(loader)
+    assert len(steps) == loader.num_steps == 5
+    shared = 0
+    for step in steps:
+        assert len(uids(step)) == 12
+        total = 0
+        for batch in step.batches:
+            size = batch["input_ids"].shape[1]
+            assert size <= 700
+            assert batch["segment_len"].sum() == size
+            assert torch.equal(
+                batch["segment_start"], batch["segment_len"].cumsum(0) - batch["segment_len"]
+            )
+            assert (batch["labels"][0, batch["segment_start"].long()] == -100).all()
+            supervised = (batch["labels"][0] != -100).nonzero()[:, 0]
+            assert torch.equal(supervised, batch["logit_index"] + 1)
+            assert torch.equal(batch["labels"][0, supervised], batch["target_ids"])
+            assert (batch["token_kind"][0, supervised] == 0).all()
+            visual = ((batch["token_kind"] == 1) | (batch["token_kind"] == 2)).sum()
+            assert visual == batch["media_grid_thw"].prod(1).sum() // 4
+            assert batch["frames_u8"].numel() == batch["frame_shapes"].prod(1).sum() * 3
+            shared += int((batch["segment_parent"] >= 0).sum())
+            total += len(supervised)
+        assert total == step.label_tokens == step.denominator_local
+        assert step.shares.samples["family/spatial"] == 6
+        assert step.plan.flags[-1].boundary
+    assert shared > 10
+
+
+def test_plan_does_not_depend_on_rank_and_covers_the_step(tiny_checkpoint, toy_config):
+    folder, config = tiny_checkpoint("qwen3vl"), toy_config()
+    alone = build(config, folder)
+    ranks = [build(config, folder, World(rank, 3)) for rank in range(3)]
+    for step, (whole, *parts) in enumerate(zip(alone, *ranks, strict=True)):
+        assert len({part.plan for part in parts}) == 1
+        assert len({len(part.batches) for part in parts}) == 1
+        assert sorted(uid for part in parts for uid in uids(part)) == uids(whole)
+        assert sum(part.denominator_local for part in parts) == whole.denominator_local
+        if step == 2:
+            break
+
+
+def test_workers_change_nothing(tiny_checkpoint, toy_config):
+    folder = tiny_checkpoint("qwen2_5vl")
+    inline = list(build(toy_config(), folder))
+    with_two = list(build(toy_config(loader={"num_workers": 2, "prefetch_steps": 2}), folder))
+    for a, b in zip(inline, with_two, strict=True):
+        assert a.plan == b.plan
+        for x, y in zip(a.batches, b.batches, strict=True):
+            equal(x, y)
+
+
+def test_resume_continues_exactly(tiny_checkpoint, toy_config):
+    folder, config = tiny_checkpoint("qwen3vl"), toy_config()
+    loader = build(config, folder)
+    whole, states = [], []
+    for step in loader:
+        whole.append(step)
+        states.append(loader.state_dict())
+    for done, state in enumerate(states):
+        rest = list(build(config, folder, state=state))
+        assert [s.plan.step for s in rest] == list(range(done + 1, 5))
+        for a, b in zip(rest, whole[done + 1 :], strict=True):
+            for x, y in zip(a.batches, b.batches, strict=True):
+                equal(x, y)
+    other_world = build(config, folder, World(1, 2), state=states[0])
+    assert set(uids(next(iter(other_world)))) < set(uids(whole[1]))
+
+
+def test_state_of_another_order_is_refused(tiny_checkpoint, toy_config):
+    folder = tiny_checkpoint("qwen3vl")
+    state = build(toy_config(), folder).state_dict()
+    with pytest.raises(StateError, match="seed"):
+        build(toy_config(data={"seed": 1}), folder, state=state)
+    with pytest.raises(StateError, match="version"):
+        build(toy_config(), folder, state=state | {"version": 99})
+
+
+def test_tail(tiny_checkpoint, toy_config):
+    folder = tiny_checkpoint("qwen3vl")
+    step = {"global_batch_size": 16}
+    assert len(list(build(toy_config(step=step), folder))) == 3
+    padded = list(build(toy_config(step=step, data={"tail": "pad"}), folder))
+    assert [len(uids(s)) for s in padded] == [16] * 4
+
+
+def test_separate_compute_keeps_the_samples(tiny_checkpoint, toy_config):
+    folder = tiny_checkpoint("qwen3vl")
+    shared = next(iter(build(toy_config(), folder)))
+    separate = next(iter(build(toy_config(shared_prefix={"compute": "separate"}), folder)))
+    assert [b["uids"] for b in shared.batches] == [b["uids"] for b in separate.batches]
+    assert all((b["segment_parent"] == -1).all() for b in separate.batches)
+    assert sum(b["input_ids"].numel() for b in separate.batches) > sum(
+        b["input_ids"].numel() for b in shared.batches
+    )
+    assert shared.label_tokens == separate.label_tokens
+
+
+def test_media_of_a_group_are_sent_once(tiny_checkpoint, toy_config):
+    for step in build(toy_config(), tiny_checkpoint("qwen3vl")):
+        for batch in step.batches:
+            roots = int((batch["segment_parent"] == -1).sum())
+            assert len(batch["media_kind"]) <= 2 * roots
+
+
+def test_overlong_rows_leave_the_order(tiny_checkpoint, toy_config):
+    folder = tiny_checkpoint("qwen3vl")
+    tokens = build(toy_config(), folder).lengths.records[0]["tokens"]
+    limit = int(np.sort(tokens)[-11])  # the ten longest are too long
+    loader = build(toy_config(packing={"max_length": limit}), folder)
+    assert loader.lengths.rejected(0) == {"overlong": 10}
+    too_long = {f"sp/spatial#{row}" for row in np.flatnonzero(tokens > limit)}
+    for step in loader:
+        assert not too_long & set(uids(step))
+
+
+def test_changed_file_is_noticed(tiny_checkpoint, toy_config, tmp_path, toy_data):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(toy_data, copy)
+    source = {"name": "sp", "family": "spatial", "files": ["spatial.jsonl"], "root": str(copy)}
+    config = toy_config(sources=[source], data={"families": {"spatial": 1}})
+    loader = build(config, tiny_checkpoint("qwen3vl"))
+    from PIL import Image
+
+    for path in copy.glob("s*/*.png"):
+        Image.open(path).resize((250, 250)).save(path)
+    for store, _ in loader.lengths.encoder.media:
+        store._headers.clear()
+    with pytest.raises(DataError, match=r"planned with \d+"):
+        list(loader)
+
+
+def test_loss_weights(tiny_checkpoint, toy_config):
+    folder = tiny_checkpoint("qwen3vl")
+    for weighting, expected in [("sample", 12.0), ("sqrt", None), ("token", None)]:
+        step = next(iter(build(toy_config(data={"loss_weighting": weighting}), folder)))
+        sums = torch.cat([
+            torch.zeros(len(b["uids"])).index_add(0, b["sample_index"], b["loss_weight"]) for b in step.batches
+        ])  # fmt: skip
+        assert float(sums.sum()) == pytest.approx(step.denominator_local, rel=1e-5)
+        if expected:
+            assert step.denominator_local == pytest.approx(expected)
+            assert np.allclose(sums, 1.0)
+
+
+def test_alignment_pads_with_an_isolated_segment(tiny_checkpoint, toy_config):
+    step = next(iter(build(toy_config(packing={"align": 64}), tiny_checkpoint("qwen3vl"))))
+    for batch in step.batches:
+        assert batch["input_ids"].shape[1] % 64 == 0
+        assert batch["segment_parent"][-1] == -1
+
+
+def test_more_ranks_than_packs_get_dummies(tiny_checkpoint, toy_config):
+    config = toy_config(step={"global_batch_size": 16}, packing={"max_tokens": 16000})
+    steps = [next(iter(build(config, tiny_checkpoint("qwen3vl"), World(r, 16)))) for r in (0, 15)]
+    empty = [batch for step in steps for batch in step.batches if not batch["uids"]]
+    assert empty
+    for batch in empty:
+        assert batch["input_ids"].shape == (1, 1)
+        assert batch["loss_weight"].tolist() == [0.0]
+        assert batch["frames_u8"].numel() == 0
