@@ -261,14 +261,17 @@ def tree_flash(
 
 
 def _varlen_kernel() -> Callable[..., Tensor]:
-    """Causal variable-length attention on ``[T, heads, head_dim]``: flash-attn if installed, else PyTorch's own."""
+    """Variable-length attention on ``[T, heads, head_dim]``: flash-attn if installed, else PyTorch's own.
+
+    Both align causality to the lower right when there are more keys than queries.
+    """
     if find_spec("flash_attn") is not None:
         from flash_attn import flash_attn_varlen_func
 
         def flash(q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, q_max: int, k_max: int,
-                  scale: float | None) -> Tensor:  # fmt: skip
+                  scale: float | None, causal: bool = True) -> Tensor:  # fmt: skip
             output: Tensor = flash_attn_varlen_func(
-                q, k, v, q_ends, k_ends, q_max, k_max, softmax_scale=scale, causal=True
+                q, k, v, q_ends, k_ends, q_max, k_max, softmax_scale=scale, causal=causal
             )
             return output
 
@@ -276,20 +279,21 @@ def _varlen_kernel() -> Callable[..., Tensor]:
     from torch.nn.attention.varlen import varlen_attn
 
     def native(q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, q_max: int, k_max: int,
-               scale: float | None) -> Tensor:  # fmt: skip
-        repeats = q.shape[1] // k.shape[1]
-        if repeats > 1:
-            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+               scale: float | None, causal: bool = True) -> Tensor:  # fmt: skip
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        window = (-1, 0) if causal else (-1, -1)
+        grouped = q.shape[1] != k.shape[1]
         output = varlen_attn(
             q,
-            k.contiguous(),
-            v.contiguous(),
+            k,
+            v,
             q_ends,
             k_ends,
             q_max,
             k_max,
             scale=scale,
-            window_size=(-1, 0),
+            window_size=window,
+            enable_gqa=grouped,
         )
         assert isinstance(output, Tensor)
         return output
@@ -355,27 +359,39 @@ def varlen_sdpa(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Full attention inside frames (vision encoders): frames of equal size share one SDPA call.
 
-    The library's loop makes one call per frame, which costs more than the products when frames are small.
+    The library's loop makes one call per frame, which costs more than the products when frames are small. In half
+    precision on CUDA one variable-length call serves all frames.
 
     Args:
         module: Attention layer (unused; the interface passes it).
-        query: ``[1, heads, N, head_dim]``, the patches of all frames.
+        query: ``[1, heads, N, head_dim]``, the patches of all frames; or ``[F, heads, N, head_dim]``, one frame per row.
         key: As ``query``.
         value: As ``query``.
         attention_mask: Must be ``None``.
         scaling: Factor of the scores.
-        cu_seq_lens_q: int32 ``[num_frames + 1]``, first patch of every frame and the end.
+        cu_seq_lens_q: int32 ``[num_frames + 1]``, first patch of every frame and the end; ``None`` = one frame per row.
+        max_length_q: Patches of the largest frame.
 
     Returns:
-        ``[1, N, heads, head_dim]`` and ``None``.
+        ``[1, N, heads, head_dim]`` (or ``[F, N, heads, head_dim]``) and ``None``.
     """
     assert attention_mask is None
-    assert cu_seq_lens_q is not None
     del module
+    if cu_seq_lens_q is None:
+        output = scaled_dot_product_attention(query, key, value, scale=scaling)
+        return output.transpose(1, 2), None
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        ends = cu_seq_lens_q
+        output = _varlen_kernel()(
+            q, k, v, ends, ends, max_length_q, max_length_q, scaling, causal=False
+        )
+        return output.unsqueeze(0), None
     lengths = cu_seq_lens_q.diff().tolist()
     if len(set(lengths)) == 1:
         q, k, v = (

@@ -105,6 +105,49 @@ def group_frames(batch: Batch) -> list[Tensor]:
     return [group.movedim(-1, 1) for group in frames]
 
 
+def load_encoder(
+    settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+) -> GeometryEncoder:
+    """The frozen encoder of a geometry section, on its device.
+
+    Args:
+        settings: The geometry section as plain values.
+        device: Where it runs.
+        dtype: Dtype of its features.
+
+    Raises:
+        ConfigError: An unknown encoder.
+    """
+    builder = ENCODERS.get(settings["encoder"])
+    if builder is None:
+        raise ConfigError(
+            f"geometry.encoder={settings['encoder']!r} is not one of: {', '.join(ENCODERS)}, none"
+        )
+    return builder(settings, device, dtype)
+
+
+def _vggt(settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> GeometryEncoder:
+    from spatialvlm.models.geometry.vggt_checkpoint import load_vggt
+
+    return load_vggt(
+        settings["source"],
+        layers=settings["layers"],
+        parts=settings["parts"],
+        precision=settings["precision"],
+        device=device,
+        revision=settings["revision"],
+        reference_frame=settings["reference_frame"],
+        vit_chunk=settings["vit_chunk"],
+        output_dtype=dtype,
+    )
+
+
+# A new encoder is one file in models/geometry and one entry here.
+ENCODERS: dict[str, Callable[[Mapping[str, Any], torch.device, torch.dtype], GeometryEncoder]] = {
+    "vggt": _vggt
+}
+
+
 def build_fusion(
     adapter: Backbone, settings: Mapping[str, Any], *, feature_dim: int
 ) -> GeometryFusion:

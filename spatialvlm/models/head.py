@@ -86,7 +86,7 @@ class SupervisedHead(nn.Linear):
 
     def __init__(self, head: nn.Linear, rows: int) -> None:
         nn.Module.__init__(self)
-        if head.bias is not None:
+        if getattr(head, "bias", None) is not None:
             raise ConfigError("a language-model head with a bias is not supported")
         self.in_features, self.out_features = head.in_features, head.out_features
         self.weight = head.weight

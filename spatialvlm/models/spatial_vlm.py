@@ -9,15 +9,17 @@ in :mod:`spatialvlm.models.backbones`, what differs between modes in :mod:`spati
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from spatialvlm.errors import AlignmentError
-from spatialvlm.models.attention import Tree
+from spatialvlm.models.attention import VISION_ATTENTION, Tree
 from spatialvlm.models.backbones import Backbone, VisionOutput
+from spatialvlm.models.backbones.base import Part
 from spatialvlm.models.branch import GeometryBranch
 from spatialvlm.models.geometry.fusion import FusionOutput, GeometryFusion
 from spatialvlm.models.head import HeadOutput, SupervisedHead
@@ -55,6 +57,78 @@ class SpatialVLM(nn.Module):
         self.fusion = fusion
         self.geometry = geometry
         self.source = source
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        attention: str = "auto",
+        vision_attention: str = VISION_ATTENTION,
+        geometry: Mapping[str, Any] | Literal["saved"] | None = "saved",
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        head_rows: int = 1024,
+        linear_patches: bool = True,
+    ) -> SpatialVLM:
+        """Load a Hugging Face directory, or one of ours with a geometry branch.
+
+        Args:
+            name: Directory or hub id.
+            attention: ``auto``, or one of :data:`~spatialvlm.models.attention.TREE_ATTENTION`.
+            vision_attention: Attention of the vision encoder, a name ``transformers`` knows.
+            geometry: ``saved``: as the directory says; ``None``: 2D; a geometry section as plain values: create the
+                branch, or, if the directory has one, check that they agree.
+            revision: Hub revision.
+            dtype: Of the weights.
+            device: Where the model and the encoder go.
+            head_rows: Supervised rows whose logits are held at once.
+            linear_patches: Compute patch convolutions as matrix products.
+
+        Raises:
+            CheckpointError: No such model, or broken files.
+            ConfigError: An unsupported model type, or a geometry section that does not fit the directory.
+            FingerprintError: Another encoder than the one the branch was trained with.
+        """
+        from spatialvlm.models import directory
+
+        return directory.load(
+            name,
+            attention=attention,
+            vision_attention=vision_attention,
+            geometry=geometry,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            head_rows=head_rows,
+            linear_patches=linear_patches,
+        )
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Path:
+        """Write a directory that ``transformers`` loads as the 2D model and :meth:`from_pretrained` as this one.
+
+        Args:
+            folder: Created if needed.
+            state_dict: Complete weights in this model's names, when an engine has sharded them.
+            dtype: Stored dtype; ``None`` = as they are.
+        """
+        from spatialvlm.models import directory
+
+        return directory.save(self, folder, state_dict=state_dict, dtype=dtype)
+
+    def parts(self) -> dict[Part, list[nn.Module]]:
+        """Modules of every part; the deepest listed module owns a parameter."""
+        parts = self.adapter.parts()
+        if self.fusion is not None:
+            parts["geometry_fusion"] = [self.fusion]
+        return parts
 
     @property
     def device(self) -> torch.device:

@@ -10,7 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -256,6 +256,11 @@ class Backbone(ABC):
                 f"packs need full attention in every layer, {self.model.config.model_type} has {sorted(kinds)}; "
                 "set use_sliding_window to false in config.json, or train another model"
             )
+
+    def to(self, device: torch.device) -> Self:
+        """Move the model; returns the adapter."""
+        self.model.to(device)
+        return self
 
     # -- loading ---------------------------------------------------------------------------------
 
