@@ -1,0 +1,1 @@
+"""Procedural rooms: layout, furniture, camera walks, appearance, rendering."""
