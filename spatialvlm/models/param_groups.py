@@ -64,10 +64,9 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
                 yield from layers.parameters()
 
 
-def freeze_modules(model: SpatialVLM) -> None:
-    """Put every part without trainable parameters into eval mode; call it after each ``model.train()``."""
-    for modules in model.parts().values():
-        for module in modules:
-            parameters = list(module.parameters())
-            if parameters and not any(parameter.requires_grad for parameter in parameters):
-                module.eval()
+def freeze_modules(model: nn.Module) -> None:
+    """Put modules without trainable parameters into eval mode; call it after each ``model.train()``."""
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
