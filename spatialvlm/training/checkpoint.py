@@ -293,10 +293,9 @@ class CheckpointStore:
 
     def newest_valid(self) -> tuple[Path | None, list[str]]:
         """Newest checkpoint that verifies, and why newer ones were rejected; equal on all ranks."""
-        answer: tuple[Path | None, list[str]] = (None, [])
-        if self.processes.is_main:
+
+        def search() -> tuple[Path | None, list[str]]:
             rejected: list[str] = []
-            chosen: Path | None = None
             for leftover in self.folder.glob("step-*.tmp"):
                 shutil.rmtree(leftover, ignore_errors=True)
                 rejected.append(f"{leftover.name}: left by an interrupted save, removed")
@@ -306,10 +305,10 @@ class CheckpointStore:
                 except CheckpointError as error:
                     rejected.append(str(error))
                 else:
-                    chosen = path
-                    break
-            answer = (chosen, rejected)
-        chosen, rejected = self.processes.broadcast(answer)
+                    return path, rejected
+            return None, rejected
+
+        chosen, rejected = self.processes.on_main(search)
         self._newest = chosen
         return chosen, rejected
 
@@ -319,15 +318,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: Naming the failing file.
         """
-        problem = ""
-        if self.processes.is_main:
-            try:
-                verify(path, mode=self.verify_mode)
-            except CheckpointError as error:
-                problem = str(error)
-        problem = self.processes.broadcast(problem)
-        if problem:
-            raise CheckpointError(problem)
+        self.processes.on_main(lambda: verify(path, mode=self.verify_mode))
         self._newest = path
         return path
 

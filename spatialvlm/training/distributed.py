@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spatialvlm.errors import LaunchError
+from spatialvlm.errors import LaunchError, SpatialVLMError
 
 T = TypeVar("T")
 
@@ -60,6 +60,23 @@ class Processes:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.objects)
         return box[0]
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Run ``function`` on rank 0 only; its result, or its error, reaches every rank.
+
+        Raises:
+            SpatialVLMError: Whatever ``function`` raised, on all ranks alike.
+        """
+        answer: tuple[Any, SpatialVLMError | None] = (None, None)
+        if self.is_main:
+            try:
+                answer = (function(), None)
+            except SpatialVLMError as error:
+                answer = (None, error)
+        result, problem = self.broadcast(answer)
+        if problem is not None:
+            raise problem
+        return result  # type: ignore[no-any-return]
 
     def barrier(self) -> None:
         """Wait for all ranks."""

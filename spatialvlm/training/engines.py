@@ -18,7 +18,7 @@ DeepSpeed internals that are touched, probed when the engine is built:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -79,6 +79,18 @@ class Engine(ABC):
     @abstractmethod
     def discard(self) -> None:
         """Forget accumulated gradients without a step."""
+
+    def frozen(self, trained: Container[str]) -> dict[str, Tensor]:
+        """Whole weights that are not in ``trained``, by name, on the CPU; a collective under zero3 and fsdp2."""
+        return {
+            name: self._whole(parameter)
+            for name, parameter in self.model.named_parameters()
+            if name not in trained
+        }
+
+    def _whole(self, parameter: Tensor) -> Tensor:
+        full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        return full.detach().cpu()
 
     def after_load(self, adam_step: int) -> None:
         """Make compute copies follow the masters that were just written."""
@@ -362,6 +374,14 @@ class Zero(Engine):
         if self.stage == 3:
             return zero3_slices(self.zero, self._fqn_of, self.processes.rank)
         return zero12_slices(self.zero, self._fqn_of)
+
+    def _whole(self, parameter: Tensor) -> Tensor:
+        if self.stage < 3:
+            return super()._whole(parameter)
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().cpu().clone()
 
     @torch.no_grad()
     def after_load(self, adam_step: int) -> None:

@@ -1,0 +1,337 @@
+"""Where the configuration becomes groups, an engine, and everything the loop is handed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from spatialvlm.config import TrainConfig
+from spatialvlm.errors import ConfigError, LaunchError
+from spatialvlm.models.param_groups import freeze_modules, split_parts
+from spatialvlm.models.spatial_vlm import SpatialVLM
+from spatialvlm.training.distributed import Processes, launched_with_deepspeed
+from spatialvlm.training.engines import Engine, Strategy, deepspeed_settings, make_engine
+from spatialvlm.training.guard import Guard
+from spatialvlm.training.loop import EvalFn, Fetcher, Run
+from spatialvlm.training.loss import LossSums
+from spatialvlm.training.memory import checkpoint_blocks, compile_blocks
+from spatialvlm.training.metrics import Meter, peak_flops
+from spatialvlm.training.optim import (
+    Group,
+    Parts,
+    build_adamw,
+    freeze_by_rate,
+    make_schedule,
+    plan_groups,
+)
+from spatialvlm.training.progress import Progress
+from spatialvlm.training.recorder import Recorder
+from spatialvlm.training.run import OpenRun, update_report
+from spatialvlm.training.saver import Saver
+from spatialvlm.training.signals import StopFlag
+from spatialvlm.training.state import TrainState
+from spatialvlm.training.trackers import JsonLines, TensorBoard, Tracker, Trackers, Wandb
+from spatialvlm.training.watchdog import Watchdog
+from spatialvlm.typing import CostCoefficients
+
+
+def learning_rates(config: TrainConfig) -> dict[str, float | None]:
+    """Peak rate of every part, ``lora`` included; adapters use the rate of the part they sit in.
+
+    Raises:
+        ConfigError: Adapted parts with different rates.
+    """
+    rates: dict[str, float | None] = dict(config.optim.lr_by_part())
+    if config.lora is None:
+        return rates
+    own = {part: rates[part] for part in config.lora.parts}
+    if len(set(own.values())) > 1:
+        raise ConfigError(f"lora.parts have different learning rates {own}; give them one rate.")
+    for part in config.lora.parts:
+        rates[part] = None
+    rates["lora"] = next(iter(own.values()))
+    return rates
+
+
+def build_groups(config: TrainConfig, model: SpatialVLM) -> tuple[dict[str, Any], list[Group]]:
+    """Freeze by learning rate and plan the optimizer groups; call it before wrapping.
+
+    Raises:
+        ConfigError: See :func:`~spatialvlm.training.optim.plan_groups`.
+    """
+    parts: Parts = split_parts(model)
+    rates = learning_rates(config)
+    freeze_by_rate(parts, rates)
+    model.train()
+    freeze_modules(model)
+    by_part = {str(part): decay for part, decay in config.optim.weight_decay_by_part.items()}
+    groups = plan_groups(
+        model, parts, rates, weight_decay=config.optim.weight_decay, weight_decay_by_part=by_part
+    )
+    return dict(parts), groups
+
+
+def strategy_of(config: TrainConfig) -> tuple[Strategy, dict[str, Any] | None]:
+    """Strategy of the run, with the launcher's DeepSpeed JSON under ZeRO.
+
+    Raises:
+        LaunchError: FSDP2 was asked for under a DeepSpeed launcher, or by Accelerate's own plug-in.
+        ConfigError: The JSON cannot be read.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise LaunchError(
+            "distributed_type: FSDP shards outside of the recipe. Use configs/accelerate/fsdp2.yaml "
+            "(distributed_type: MULTI_GPU) with parallel.strategy=fsdp2."
+        )
+    wanted = config.parallel.strategy
+    if not launched_with_deepspeed():
+        return ("ddp" if wanted == "auto" else wanted), None
+    if wanted != "auto":
+        raise LaunchError(
+            f"parallel.strategy={wanted} under a DeepSpeed launcher. Set it to auto, or use an accelerate file "
+            "without deepspeed_config."
+        )
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+    try:
+        settings: dict[str, Any] = json.loads(Path(path).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        msg = f"deepspeed_config_file={path!r} of the accelerate file cannot be read: {error}"
+        raise ConfigError(msg) from error
+    stage = settings.get("zero_optimization", {}).get("stage")
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"{path}: zero_optimization.stage={stage!r} is not one of 1, 2, 3.")
+    return f"zero{stage}", settings  # type: ignore[return-value]
+
+
+def build_engine(
+    config: TrainConfig, model: SpatialVLM, groups: Sequence[Group], processes: Processes
+) -> Engine:
+    """Activation checkpointing, optional compilation, optimizer, wrapper.
+
+    Raises:
+        ConfigError: Settings that do not work together.
+        LaunchError: The launcher and ``parallel.strategy`` disagree.
+    """
+    strategy, json_file = strategy_of(config)
+    bf16 = config.precision == "bf16"
+    if bf16 and processes.device.type == "cpu" and os.environ.get("SPATIALVLM_TEST") != "1":
+        raise ConfigError("precision: bf16 is not for training on a CPU; set precision=fp32.")
+    if config.model.compile and strategy == "zero3":
+        raise ConfigError(
+            "model.compile is refused with ZeRO-3; use zero2 or fsdp2, or switch it off."
+        )
+    dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    adapter = model.adapter
+    if config.memory.checkpoint_language_model:
+        checkpoint_blocks(adapter.text_layers, preserve_rng=dropout)
+    if config.memory.checkpoint_vision:
+        checkpoint_blocks(adapter.vision_blocks, preserve_rng=dropout)
+    if config.model.compile:
+        compile_blocks([*adapter.text_layers, *adapter.vision_blocks])
+    fused = processes.device.type == "cuda" if config.optim.fused == "auto" else config.optim.fused
+    factory = partial(
+        build_adamw,
+        groups=groups,
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+        # DeepSpeed keeps masters in flat buffers and does not run fused kernels on them.
+        fused=fused and not strategy.startswith("zero"),
+    )
+    settings = None
+    if json_file is not None:
+        settings = deepspeed_settings(
+            json_file,
+            bf16=bf16,
+            max_grad_norm=config.optim.max_grad_norm,
+            reduce_dtype=config.parallel.reduce_dtype,
+        )
+    return make_engine(
+        strategy,
+        model,
+        groups,
+        factory,
+        processes,
+        max_grad_norm=config.optim.max_grad_norm,
+        bf16=bf16,
+        deepspeed=settings,
+    )
+
+
+def cost_coefficients(model, **kw):  # TEMPORARY
+    return CostCoefficients(1e6, 1e3, 1e6, 1e6, 1e3)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """FLOPs of a step as a function of its sizes."""
+
+    balance: CostCoefficients
+    """With recomputation: what ranks really spend, for balancing."""
+    model: CostCoefficients
+    """Without recomputation: what the model needs, for utilisation."""
+
+
+def build_cost(config: TrainConfig, model: SpatialVLM) -> Cost:
+    """Cost coefficients of the frozen and trained parts of ``model``."""
+    return Cost(
+        balance=cost_coefficients(
+            model,
+            recompute_text=config.memory.checkpoint_language_model,
+            recompute_vision=config.memory.checkpoint_vision,
+        ),
+        model=cost_coefficients(model),
+    )
+
+
+@dataclass(slots=True)
+class Session:
+    """What :func:`~spatialvlm.training.loop.train` is handed."""
+
+    run: Run
+    steps: Fetcher
+    record: Recorder
+    save: Saver
+    guard: Guard
+    stop: StopFlag
+    watch: Watchdog
+    trackers: Trackers | None
+    progress: Progress | None
+    eval_fn: EvalFn | None
+
+    def close(self) -> None:
+        """Stop threads and workers, flush trackers."""
+        self.watch.stop()
+        self.steps.loader.close()
+        if self.progress is not None:
+            self.progress.close()
+        if self.trackers is not None:
+            self.trackers.close()
+
+
+def build_session(
+    config: TrainConfig,
+    run: OpenRun,
+    state: TrainState,
+    guard: Guard,
+    loader: Any,
+    cost: CostCoefficients | None,
+    eval_fn: EvalFn | None = None,
+) -> Session:
+    """Schedule, trackers, saver, recorder, signals and watchdog of one launch.
+
+    Raises:
+        ConfigError: The warm-up does not fit the number of steps, or a tracker is not installed.
+    """
+    processes = run.processes
+    schedule = make_schedule(
+        config.schedule.kind,
+        loader.num_steps,
+        warmup_ratio=None
+        if config.schedule.warmup_steps is not None
+        else config.schedule.warmup_ratio,
+        warmup_steps=config.schedule.warmup_steps,
+        min_ratio=config.schedule.min_ratio,
+    )
+    sources = config.data.sources
+    sums = LossSums(
+        tuple(source.name for source in sources),
+        tuple(source.family for source in sources),
+        tuple(loader.lengths.encoder.capabilities),
+        processes.device,
+    )
+    trackers = _trackers(config, run, state) if processes.is_main else None
+    progress = (
+        Progress(schedule.total_steps, state.step, config.log.progress)
+        if processes.is_main
+        else None
+    )
+
+    def after_save(now: TrainState, path: Path) -> None:
+        run.folder.record(state="running", step=now.step, checkpoint=path.name)
+        if config.log.report:
+            update_report(run.path, config)
+
+    save = Saver(
+        run.store,
+        lambda now: run.snapshot(now, guard),
+        every=config.checkpoint.every,
+        every_s=config.checkpoint.every_s,
+        on_error=config.checkpoint.on_error,
+        after=after_save,
+    )
+    if run.checkpoint is not None:
+        save.last_step = state.step
+    record = Recorder(
+        processes,
+        Meter(
+            processes,
+            sums,
+            total_steps=schedule.total_steps,
+            max_tokens=config.packing.max_tokens,
+            peak=peak_flops(processes.device),
+        ),
+        trackers=trackers,
+        progress=progress,
+        guard=guard,
+        folder=run.folder,
+        log_every=config.log.every,
+        total_steps=schedule.total_steps,
+        cost=cost,
+        save=save,
+        max_grad_norm=config.optim.max_grad_norm,
+    )
+    stop = StopFlag()
+    stop.install()
+    watch = Watchdog(
+        run.path,
+        processes.rank,
+        processes.size,
+        timeout_s=config.parallel.timeout_s,
+        first_timeout_s=config.parallel.first_step_timeout_s,
+    )
+    watch.start()
+    steps = Fetcher(loader, processes.device)
+    run.restore_rng(state)
+    return Session(
+        run=Run(
+            processes,
+            schedule,
+            config.run.stop_after_steps,
+            config.evaluation.every_steps,
+        ),
+        steps=steps,
+        record=record,
+        save=save,
+        guard=guard,
+        stop=stop,
+        watch=watch,
+        trackers=trackers,
+        progress=progress,
+        eval_fn=eval_fn,
+    )
+
+
+def _trackers(config: TrainConfig, run: OpenRun, state: TrainState) -> Trackers:
+    found: list[Tracker] = [JsonLines(run.path / "metrics.jsonl", attempt=run.attempt)]
+    if config.log.tensorboard:
+        found.append(TensorBoard(run.path / "tensorboard"))
+    if config.log.wandb is not None:
+        wandb = Wandb(
+            run.path,
+            project=config.log.wandb.project,
+            entity=config.log.wandb.entity,
+            mode=config.log.wandb.mode,
+            tags=config.log.wandb.tags,
+            config=config.model_dump(mode="json"),
+            run_id=state.trackers.get("wandb"),
+        )
+        state.trackers["wandb"] = wandb.run_id
+        found.append(wandb)
+    return Trackers(found)

@@ -1,0 +1,219 @@
+"""``report.html``: one file that explains a training run, without any external reference.
+
+Curves are inline SVG drawn here; every text is escaped.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spatialvlm.training.state import write_json
+from spatialvlm.training.trackers import read_metrics
+
+COLOURS = (
+    "#3366cc",
+    "#dc3912",
+    "#109618",
+    "#ff9900",
+    "#990099",
+    "#0099c6",
+    "#b82e2e",
+    "#66aa00",
+    "#6633cc",
+    "#888888",
+)
+CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("Loss", ("loss", "eval/loss")),
+    ("Loss by source", ("loss/source/",)),
+    ("Loss by capability", ("loss/capability/",)),
+    ("Accuracy of supervised tokens", ("token_acc",)),
+    ("Learning rate by part", ("lr/",)),
+    ("Gradient norm by part", ("grad_norm/",)),
+    ("Tokens per second", ("tokens_per_s", "supervised_tokens_per_s")),
+    ("Model FLOP utilisation", ("mfu", "mfu_gemm")),
+    ("Waits and padding (share)", ("data_wait", "padding", "clipped")),
+    ("Memory, GiB", ("memory/",)),
+    ("Realised mixture (share of samples)", ("share/samples/",)),
+)  # fmt: skip
+MAX_POINTS = 400
+
+
+def svg_lines(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    marks: Sequence[tuple[float, str]] = (),
+    width: int = 620,
+    height: int = 240,
+) -> str:
+    """Line chart as SVG text.
+
+    Args:
+        series: Label -> (x, y) points; non-finite values are left out.
+        marks: Vertical event lines (x, label).
+        width: Pixels.
+        height: Pixels.
+    """
+    clean = {
+        name: [(x, y) for x, y in points if math.isfinite(y)]
+        for name, points in series.items()
+        if points
+    }
+    points = [p for own in clean.values() for p in own]
+    if not points:
+        return ""
+    left, bottom, top, right = 56, 24, 8, 8
+    x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
+    y_low, y_high = min(y for _, y in points), max(y for _, y in points)
+    y_high = y_high if y_high > y_low else y_low + 1.0
+    x_high = x_high if x_high > x_low else x_low + 1.0
+
+    def place(x: float, y: float) -> str:
+        px = left + (x - x_low) / (x_high - x_low) * (width - left - right)
+        py = height - bottom - (y - y_low) / (y_high - y_low) * (height - bottom - top)
+        return f"{px:.1f},{py:.1f}"
+
+    parts = [f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">']
+    for i in range(5):
+        y = y_low + (y_high - y_low) * i / 4
+        x0, py = place(x_low, y).split(",")
+        parts.append(f'<line x1="{x0}" x2="{width - right}" y1="{py}" y2="{py}" stroke="#ddd"/>')
+        parts.append(
+            f'<text x="{left - 4}" y="{float(py) + 4:.1f}" text-anchor="end">{y:.3g}</text>'
+        )
+        x = x_low + (x_high - x_low) * i / 4
+        px = place(x, y_low).split(",")[0]
+        parts.append(f'<text x="{px}" y="{height - 6}" text-anchor="middle">{x:.0f}</text>')
+    for x, label in marks:
+        if x_low <= x <= x_high:
+            px = place(x, y_low).split(",")[0]
+            parts.append(
+                f'<line x1="{px}" x2="{px}" y1="{top}" y2="{height - bottom}" stroke="#c00" stroke-dasharray="3 3">'
+                f"<title>{html.escape(label)}</title></line>"
+            )
+    for i, (_, own) in enumerate(clean.items()):
+        if not own:
+            continue
+        colour = COLOURS[i % len(COLOURS)]
+        path = " ".join(place(x, y) for x, y in _thin(own))
+        if len(own) == 1:
+            cx, cy = path.split(",")
+            parts.append(f'<circle cx="{cx}" cy="{cy}" r="3" fill="{colour}"/>')
+        parts.append(
+            f'<polyline fill="none" stroke="{colour}" stroke-width="1.5" points="{path}"/>'
+        )
+    parts.append("</svg>")
+    legend = "".join(
+        f'<span style="color:{COLOURS[i % len(COLOURS)]}">&#9632; {html.escape(name)}</span> '
+        for i, name in enumerate(clean)
+    )
+    return "".join(parts) + f'<p class="legend">{legend}</p>'
+
+
+def _thin(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
+    step = max(1, math.ceil(len(points) / MAX_POINTS))
+    return [*points[:-1:step], points[-1]]
+
+
+def _series(
+    metrics: Sequence[Mapping[str, Any]], wanted: Sequence[str]
+) -> dict[str, list[tuple[float, float]]]:
+    names = sorted(
+        {
+            key
+            for record in metrics
+            for key in record
+            if any(key == w or (w.endswith("/") and key.startswith(w)) for w in wanted)
+        }
+    )
+    return {
+        name: [(r["step"], r[name]) for r in metrics if isinstance(r.get(name), int | float)]
+        for name in names
+    }
+
+
+def _events(run_dir: Path, metrics: Sequence[Mapping[str, Any]]) -> list[tuple[float, str]]:
+    events: list[tuple[float, str]] = []
+    attempt = metrics[0]["attempt"] if metrics else 0
+    for record in metrics:
+        if record["attempt"] != attempt:
+            attempt = record["attempt"]
+            events.append((record["step"], f"resumed (attempt {attempt})"))
+    for name, label in (("nonfinite.jsonl", "step skipped"), ("spikes.jsonl", "spike")):
+        path = run_dir / name
+        if path.is_file():
+            steps = sorted({json.loads(line)["step"] for line in path.read_text().splitlines()})
+            events += [(step, f"{label} {step}") for step in steps[:200]]
+    for path in sorted((run_dir / "checkpoints").glob("step-" + "[0-9]" * 8)):
+        events.append((int(path.name[5:]), f"checkpoint {path.name}"))
+    return events
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(_short(v))}</td></tr>"
+        for k, v in values.items()
+    )
+    return f"<table>{rows}</table>"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
+
+
+def write_report(run_dir: Path, *, configured_shares: Mapping[str, float] | None = None) -> Path:
+    """Build ``report.html`` from the files of a run folder.
+
+    Args:
+        run_dir: Run folder.
+        configured_shares: Family -> share of samples that the recipe asks for.
+
+    Returns:
+        The written file.
+    """
+    metrics = read_metrics(run_dir / "metrics.jsonl")
+    record = (
+        json.loads((run_dir / "run.json").read_text()) if (run_dir / "run.json").is_file() else {}
+    )
+    sections = [f"<h1>Training run {html.escape(run_dir.name)}</h1>", _table(record)]
+    if (run_dir / "summary.json").is_file():
+        sections += ["<h2>Summary</h2>", _table(json.loads((run_dir / "summary.json").read_text()))]
+    events = _events(run_dir, metrics)
+    for title, wanted in CHARTS:
+        chart = svg_lines(_series(metrics, wanted), marks=events)
+        if chart:
+            sections.append(f"<section><h2>{html.escape(title)}</h2>{chart}</section>")
+    if configured_shares:
+        sections += ["<h2>Configured mixture</h2>", _table(dict(configured_shares))]
+    for title, name in (("Parameter groups", "groups.txt"), ("Configuration", "config.resolved.yaml"), ("Environment", "environment.json")):  # fmt: skip
+        path = run_dir / name
+        if path.is_file():
+            sections.append(
+                f"<h2>{title}</h2><pre>{html.escape(path.read_text(encoding='utf-8'))}</pre>"
+            )
+    style = (
+        "body{font:14px sans-serif;margin:2em auto;max-width:1320px;color:#222}section{display:inline-block;"
+        "vertical-align:top;margin-right:16px}svg text{font:10px sans-serif;fill:#555}.legend{font-size:11px;max-width:620px}"
+        "table{border-collapse:collapse}th{text-align:left;padding:1px 12px 1px 0;font-weight:600;vertical-align:top}"
+        "pre{background:#f6f6f6;padding:8px;overflow-x:auto;font-size:12px}h2{font-size:16px}"
+    )
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>{html.escape(run_dir.name)}</title><style>{style}</style></head><body>{''.join(sections)}</body></html>\n"
+    )
+    path = run_dir / "report.html"
+    temporary = path.with_name("report.html.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def write_summary(run_dir: Path, values: Mapping[str, Any]) -> None:
+    """``summary.json``: what the run did, in one object."""
+    write_json(run_dir / "summary.json", dict(values))

@@ -1,0 +1,401 @@
+"""Opening and closing a run: its folder, what it may resume, where its weights come from, what it leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spatialvlm.config import TrainConfig, dump_yaml, read_yaml
+from spatialvlm.errors import CheckpointError, ConfigError, LaunchError
+from spatialvlm.training.checkpoint import (
+    CheckpointStore,
+    Snapshot,
+    checkpoints_in,
+    load_checkpoint,
+    restore_rng,
+)
+from spatialvlm.training.distributed import Processes, same_everywhere
+from spatialvlm.training.engines import Engine
+from spatialvlm.training.entry import Arguments, owner
+from spatialvlm.training.guard import Guard
+from spatialvlm.training.optim import Group, Parts, group_table
+from spatialvlm.training.report import write_report
+from spatialvlm.training.state import (
+    RunFolder,
+    TrainState,
+    environment,
+    git_revision,
+    seed_everything,
+    versions,
+    write_json,
+)
+
+FREE_KEYS = (
+    "log", "checkpoint", "loader", "parallel", "memory", "evaluation", "export",
+    "run.dir", "run.resume", "run.resume_allow", "run.stop_after_steps", "run.private",
+)  # fmt: skip
+"""Settings that may differ on resume: they change neither data, model, nor optimisation."""
+
+
+@dataclass(slots=True)
+class OpenRun:
+    """A run directory that this launch owns."""
+
+    config: TrainConfig
+    processes: Processes
+    folder: RunFolder
+    base: Path
+    """Directory of the initial weights."""
+    lineage: dict[str, Any]
+    store: CheckpointStore
+    checkpoint: Path | None
+    """What will be resumed."""
+    attempt: int
+    done: bool
+    """The run had finished before; there is nothing to do."""
+
+    @property
+    def path(self) -> Path:
+        """Run folder."""
+        return self.folder.path
+
+    def say(self, text: str) -> None:
+        """Tell the user, once."""
+        if self.processes.is_main:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+    def show_groups(self, parts: Parts, groups: Sequence[Group]) -> None:
+        """Print and save the table of parameter groups."""
+        table = group_table(parts, groups)
+        self.say(table)
+        if self.processes.is_main:
+            (self.path / "groups.txt").write_text(table + "\n", encoding="utf-8")
+
+    def resume(self, engine: Engine) -> tuple[TrainState, Guard]:
+        """Counters and guard: fresh, or those of the chosen checkpoint, whose weights go into ``engine``."""
+        settings = self.config.guard
+        guard = Guard(
+            max_skipped_in_row=settings.max_skipped_in_row,
+            max_skipped_fraction=settings.max_skipped_fraction,
+            window=settings.window,
+            max_empty_in_row=settings.max_empty_in_row,
+            spike_loss=settings.spike_loss,
+            spike_grad=settings.spike_grad,
+        )
+        state = TrainState()
+        if self.checkpoint is not None:
+            saved = load_checkpoint(self.checkpoint, engine, self.processes)
+            state = TrainState.from_json(saved["counters"])
+            guard.load_state_dict(saved["guard"])
+            self.say(
+                f"resumed {self.checkpoint.name}: step {state.step}, {state.samples:,} samples"
+            )
+        state.attempt = self.attempt
+        return state, guard
+
+    def restore_rng(self, state: TrainState) -> None:
+        """Last thing before the loop: continue the random generators, or re-seed after a change of world size."""
+        if self.checkpoint is None:
+            return
+        manifest = json.loads((self.checkpoint / "manifest.json").read_text())
+        if manifest["world_size"] == self.processes.size:
+            restore_rng(self.checkpoint, self.processes)
+        else:
+            seed_everything(self.config.run.seed, step=state.step, rank=self.processes.rank)
+            self.say(
+                f"world size {manifest['world_size']} -> {self.processes.size}: random generators are re-seeded"
+            )
+
+    def snapshot(self, state: TrainState, guard: Guard) -> Snapshot:
+        """What a checkpoint holds beside the slices."""
+        text = dump_yaml(self.config)
+        return Snapshot(
+            state=state.to_json(),
+            guard=guard.state_dict(),
+            config_yaml=text,
+            facts={
+                "stage": self.config.stage,
+                "lineage": self.lineage,
+                "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+                "git": git_revision(Path(__file__).resolve().parents[2]),
+            },
+        )
+
+
+def open_run(config: TrainConfig, arguments: Arguments, processes: Processes) -> OpenRun:
+    """Handshake, folder, lock, initial weights, and what to resume.
+
+    Raises:
+        LaunchError: Ranks disagree, the folder is in use or not writable, or holds another run.
+        CheckpointError: Nothing valid to resume although a path was given, or the configuration changed.
+        ConfigError: The run folder is inside the package or a data root.
+    """
+    text = dump_yaml(config)
+    same_everywhere(
+        processes,
+        {"configuration": hashlib.sha256(text.encode()).hexdigest()[:12], **versions()},
+    )
+    path = Path(config.run.dir)
+    folder = RunFolder(path, private=config.run.private)
+    store = CheckpointStore(
+        path / "checkpoints",
+        processes,
+        keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
+        verify_mode=config.checkpoint.verify,
+    )
+    previous, base, lineage = processes.on_main(lambda: _enter(config, folder))
+    attempt = int(previous.get("attempts", 0)) + 1
+    done = previous.get("state") == "finished"
+    run = OpenRun(config, processes, folder, base, lineage, store, None, attempt, done)
+    if done:
+        run.say(
+            f"{path} has finished: {previous.get('summary', previous)}\nNothing to do; use a new run.dir."
+        )
+        if processes.is_main:
+            folder.unlock()
+        return run
+    if config.run.resume == "auto":
+        run.checkpoint, rejected = store.newest_valid()
+        for line in rejected:
+            run.say(f"checkpoint rejected: {line}")
+        if run.checkpoint is None and rejected:
+            run.say("no valid checkpoint: starting fresh")
+    elif config.run.resume != "none":
+        run.checkpoint = store.verified(Path(config.run.resume))
+        processes.on_main(lambda: _compare(config, run.checkpoint))
+    if processes.is_main:
+        (path / "config.resolved.yaml").write_text(text, encoding="utf-8")
+        facts = environment(
+            world_size=processes.size, seed=config.run.seed, overrides=arguments.overrides
+        )
+        write_json(path / "environment.json", facts)
+        folder.record(
+            state="running",
+            owner=owner(),
+            stage=config.stage,
+            attempts=attempt,
+            step=0 if run.checkpoint is None else int(run.checkpoint.name[5:]),
+            reason=None,
+            started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        )
+    processes.barrier()
+    return run
+
+
+def _enter(config: TrainConfig, folder: RunFolder) -> tuple[dict[str, Any], Path, dict[str, Any]]:
+    _check_place(config)
+    base, lineage = check_base(config)
+    previous = folder.open()
+    if previous:
+        _compare(config, folder.path)
+    found = checkpoints_in(folder.path / "checkpoints")
+    if config.run.resume == "none" and (found or previous):
+        folder.unlock()
+        raise LaunchError(
+            f"{folder.path} already holds a run (state {previous.get('state')!r}, {len(found)} checkpoints). Use "
+            "run.resume=auto to continue it, or a new run.dir."
+        )
+    return previous, base, lineage
+
+
+def _check_place(config: TrainConfig) -> None:
+    path = Path(config.run.dir).resolve()
+    package = Path(__file__).resolve().parents[1]
+    here = Path.cwd().resolve()
+    roots = [Path(source.root).resolve() for source in config.data.sources]
+    # A root that holds the working directory itself is the user's project, not a data folder.
+    forbidden = [package, *(root for root in roots if root != here and root not in here.parents)]
+    for place in forbidden:
+        if path == place or place in path.parents:
+            raise ConfigError(
+                f"run.dir={config.run.dir} lies inside {place}; choose a directory of its own."
+            )
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings to dotted keys; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, name + ".")
+        else:
+            flat[name] = value
+    return flat
+
+
+def changed_keys(
+    old: Mapping[str, Any], new: Mapping[str, Any], allowed: Sequence[str]
+) -> list[tuple[str, Any, Any]]:
+    """Settings that differ and may not, as (key, old, new)."""
+    before, after = flatten(old), flatten(new)
+    free = (*FREE_KEYS, *allowed)
+    return [
+        (key, before.get(key), after.get(key))
+        for key in sorted(set(before) | set(after))
+        if before.get(key) != after.get(key)
+        and not any(key == name or key.startswith(name + ".") for name in free)
+    ]
+
+
+def _compare(config: TrainConfig, folder: Path | None) -> None:
+    assert folder is not None
+    saved = folder / "config.resolved.yaml"
+    if not saved.is_file():
+        return
+    changed = changed_keys(
+        read_yaml(saved), config.model_dump(mode="json"), config.run.resume_allow
+    )
+    if changed:
+        lines = "\n".join(f"  {key}: was {old!r}, now {new!r}" for key, old, new in changed)
+        names = sorted({key for key, _, _ in changed})
+        raise CheckpointError(
+            f"{folder} holds a run with another configuration:\n{lines}\nUse a new run.dir, restore the values, or "
+            f"allow the change with run.resume_allow={json.dumps(names)}."
+        )
+
+
+def check_base(config: TrainConfig) -> tuple[Path, dict[str, Any]]:
+    """Where the initial weights come from; a stage-1 export must be a finished one.
+
+    Raises:
+        CheckpointError: Missing, not a model directory, pickled weights, or an unfinished stage.
+        ConfigError: Another backbone than ``model.backbone``.
+    """
+    source = config.model.init_from
+    path = Path(source)
+    if not path.exists():
+        if (
+            source.count("/") == 1
+            and not source.startswith((".", "/", "~"))
+            and path.parent.name != "runs"
+        ):
+            return _download(source, config.model.revision), {
+                "hub": source,
+                "revision": config.model.revision,
+            }
+        raise CheckpointError(
+            f"model.init_from={source} does not exist. Give a model directory (a previous stage's final/), or a hub "
+            "id such as Qwen/Qwen2.5-VL-7B-Instruct."
+        )
+    if not (path / "config.json").is_file():
+        hint = (
+            f" Did you mean {path / 'final'}?" if (path / "final" / "config.json").is_file() else ""
+        )
+        raise CheckpointError(f"model.init_from={source} holds no config.json, so no model.{hint}")
+    if not list(path.glob("*.safetensors")):
+        pickled = [p.name for p in [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]]
+        raise CheckpointError(
+            f"model.init_from={source} holds no safetensors files (found {pickled or 'no weights'}). Pickled weights "
+            "can run code and are refused; convert them with safetensors first."
+        )
+    _check_backbone(config, path)
+    lineage: dict[str, Any] = {"path": source, "fingerprint": base_fingerprint(path)}
+    record_path = path.parent / "run.json"
+    if record_path.is_file():
+        record = json.loads(record_path.read_text())
+        if record.get("state") != "finished" and not config.model.allow_unfinished:
+            raise CheckpointError(
+                f"model.init_from={source} belongs to a run that is {record.get('state')!r} at step "
+                f"{record.get('step')}. Finish it, or set model.allow_unfinished=true."
+            )
+        lineage |= {"stage": record.get("stage"), "step": record.get("step")}
+        _check_manifest(path)
+    return path, lineage
+
+
+def _check_backbone(config: TrainConfig, path: Path) -> None:
+    expected = backbone_config(config.model.backbone).get("model_type")
+    found = json.loads((path / "config.json").read_text()).get("model_type")
+    if expected != found:
+        raise ConfigError(
+            f"model.init_from={path} is a {found!r} model, model.backbone={config.model.backbone} a {expected!r}. "
+            "Change one of them."
+        )
+
+
+def backbone_config(name: str) -> dict[str, Any]:
+    """``configs/backbones/<name>.json``.
+
+    Raises:
+        ConfigError: There is no such file; the known names are listed.
+    """
+    folder = Path(__file__).resolve().parents[2] / "configs" / "backbones"
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
+        raise ConfigError(f"model.backbone={name!r} is not one of: {known}")
+    values: dict[str, Any] = json.loads(path.read_text())
+    return values
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))  # fmt: skip
+    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"model.init_from={name}: neither a directory here nor reachable on the hub ({error}). Download it once "
+            "with network access, or give a local directory."
+        ) from error
+
+
+def base_fingerprint(folder: Path) -> str:
+    """Identity of a model directory: names and sizes of its weight files, first and last MiB of each."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(1 << 20))
+            opened.seek(max(0, size - (1 << 20)))
+            digest.update(opened.read(1 << 20))
+    return digest.hexdigest()
+
+
+def folder_manifest(folder: Path) -> dict[str, list[Any]]:
+    """Size and sha256 of every file of a model directory."""
+    return {
+        str(file.relative_to(folder)): [
+            file.stat().st_size,
+            hashlib.sha256(file.read_bytes()).hexdigest(),
+        ]
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def _check_manifest(folder: Path) -> None:
+    path = folder.parent / f"{folder.name}.manifest.json"
+    if not path.is_file():
+        return
+    expected = json.loads(path.read_text())
+    for name, (size, digest) in expected.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise CheckpointError(
+                f"{file} is missing or has another size than when it was exported."
+            )
+        if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            raise CheckpointError(f"{file} has another sha256 than when it was exported.")
+
+
+def update_report(run_dir: Path, config: TrainConfig) -> None:
+    """Rebuild ``report.html`` with the configured mixture beside the realised one."""
+    weights = {name: w for name, w in config.data.families.items() if w > 0}
+    total = sum(weights.values())
+    write_report(run_dir, configured_shares={name: w / total for name, w in weights.items()})
