@@ -188,21 +188,27 @@ def _pack(items: list[Item], world: int, packing: PackingArgs) -> list[list[Item
                 f"{count} of {packing.max_tokens} tokens; raise it, or lower step.global_batch_size"
             )
         count = wanted
-    packs = [[] for _ in range(count)]
+    while True:
+        packs = _level(items, count, packing.max_tokens)
+        if packs is not None:
+            return packs
+        if packing.fixed_micro_steps is not None:
+            raise ConfigError(
+                f"packing.fixed_micro_steps={packing.fixed_micro_steps}: {len(items)} items of this step do not fit "
+                f"{count} packs of {packing.max_tokens} tokens; raise either"
+            )
+        count += world
+
+
+def _level(items: list[Item], count: int, max_tokens: int) -> list[list[Item]] | None:
+    """Costly items first, each to the cheapest pack with room; None when one finds no room."""
+    packs: list[list[Item]] = [[] for _ in range(count)]
     load = np.zeros(count)
-    room = np.full(count, packing.max_tokens)
+    room = np.full(count, max_tokens)
     for item in sorted(items, key=lambda item: (-item.cost, item.members)):
         at = int(np.argmin(np.where(room >= item.tokens, load, np.inf)))
         if room[at] < item.tokens:
-            if packing.fixed_micro_steps is not None:
-                raise ConfigError(
-                    f"packing.fixed_micro_steps={packing.fixed_micro_steps}: an item of {item.tokens} tokens finds no "
-                    "room; raise it or packing.max_tokens"
-                )
-            at = len(packs)
-            packs += [[] for _ in range(world)]
-            load = np.concatenate([load, np.zeros(world)])
-            room = np.concatenate([room, np.full(world, packing.max_tokens)])
+            return None
         packs[at].append(item)
         load[at] += item.cost
         room[at] -= item.tokens
