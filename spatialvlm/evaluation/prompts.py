@@ -2,7 +2,7 @@
 
 Messages are a list of ``{"role", "content"}``; content is a list of parts ``{"type": "text", "text"}``,
 ``{"type": "image", "image": path}`` or ``{"type": "video", "video": path, "frames": [...]}``. A user message
-may carry ``marks``, drawn into its pictures when they are loaded.
+may carry ``marks``, drawn into its pictures when they are loaded, and ``same_scene`` (its pictures show one scene).
 """
 
 import random
@@ -90,6 +90,8 @@ def media_parts(
         part: dict[str, Any] = {"type": medium.kind, medium.kind: source}
         if medium.frames:
             part["frames"] = list(medium.frames)
+        if medium.times_s:
+            part["times_s"] = list(medium.times_s)
         parts.append(part)
     return parts
 
@@ -119,6 +121,35 @@ def interleave(
     return content
 
 
+def prompt_text(item: Item, spec: BenchmarkSpec, protocol: str) -> str:
+    """Prompt text of an item; ``<image>`` marks where a picture goes.
+
+    Raises:
+        DataError: The benchmark file lacks a column that prompts need.
+    """
+    try:
+        return spec.prompt(item, protocol)
+    except KeyError as error:
+        raise DataError(
+            f"item {item.id}: prompts of {spec.name} need column {error}; the file has "
+            f"{', '.join(map(str, item.row))}. It can be scored but not asked."
+        ) from None
+
+
+def item_media(row: Mapping[str, Any], spec: BenchmarkSpec) -> tuple[Media, ...]:
+    """Media of a row.
+
+    Raises:
+        DataError: The benchmark file lacks a column that names media.
+    """
+    try:
+        return spec.media(row)
+    except KeyError as error:
+        raise DataError(
+            f"media of {spec.name} need column {error}; the file has {', '.join(row)}"
+        ) from None
+
+
 def build_messages(
     item: Item,
     spec: BenchmarkSpec,
@@ -145,13 +176,13 @@ def build_messages(
         raise ConfigError(
             f"media mode {media!r} is not one of: {', '.join(MEDIA_MODES)}{closest(media, MEDIA_MODES)}"
         )
-    text = spec.prompt(item, protocol)
+    text = prompt_text(item, spec, protocol)
     parts: list[dict[str, Any]] = []
     if media == "drop":
         text = _MARKER.sub("", text).strip()
     else:
         row = donor.row if media == "shuffle" and donor is not None else item.row
-        parts = media_parts(spec.media(row), root, allow_absolute=allow_absolute)
+        parts = media_parts(item_media(row, spec), root, allow_absolute=allow_absolute)
         if media == "blank":
             parts = [{**part, "blank": True} for part in parts]
     user: dict[str, Any] = {
@@ -160,6 +191,8 @@ def build_messages(
     }
     if spec.marks and media == "real" and (marks := spec.marks(item.row)):
         user["marks"] = marks
+    if spec.same_scene and len(parts):
+        user["same_scene"] = True
     messages: Messages = [user]
     if spec.system and (system := spec.system(item.row)):
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})

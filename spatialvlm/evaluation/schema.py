@@ -35,6 +35,8 @@ class Media:
     """Relative to the media root; for ``frames`` the folder they are in."""
     frames: tuple[str, ...] = ()
     """File names of a clip that is stored as pictures, in time order; empty = one file."""
+    times_s: tuple[float, ...] = ()
+    """Seconds of these frames, where the row states them."""
     data: bytes | None = field(default=None, repr=False)
     """Encoded picture when the benchmark file itself holds it."""
 
@@ -130,6 +132,8 @@ class BenchmarkSpec:
     """System turn of a row, if the benchmark has one."""
     marks: Callable[[Row], list[dict[str, Any]]] | None = None
     """Marks to draw into a row's pictures."""
+    same_scene: bool = False
+    """Pictures of a row show one scene (they form one group for the geometry encoder)."""
     verbatim: bool = False
     """White space around media markers is part of the prompt (our own rows are trained that way)."""
 

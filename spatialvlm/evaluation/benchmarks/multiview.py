@@ -111,6 +111,7 @@ MMSI = BenchmarkSpec(
     media=images,
     max_new_tokens=2048,
     expected_n=1000,
+    same_scene=True,
 )
 
 # -------------------------------------------------------------------------------------------------- MindCube
@@ -187,6 +188,7 @@ def _mindcube(name: str, title: str, expected_n: int) -> BenchmarkSpec:
         max_new_tokens=4096,
         cluster_columns=("images",),
         expected_n=expected_n,
+        same_scene=True,
     )
 
 
@@ -231,6 +233,7 @@ VIEWSPATIAL = BenchmarkSpec(
     max_new_tokens=100,
     cluster_columns=("image_path",),
     expected_n=5712,
+    same_scene=True,
 )
 
 # ------------------------------------------------------------------------------------------ All-Angles, ERQA
@@ -259,6 +262,7 @@ ALL_ANGLES = BenchmarkSpec(
     max_new_tokens=4096,
     cluster_columns=("image",),
     expected_n=2132,
+    same_scene=True,
     notes={
         "official": (BOTH_FAIL,),
         "lmms": ("lmms-eval has no task: the official rules",),

@@ -148,12 +148,13 @@ def judge(item: Item, text: str) -> Verdict:
 def _summarise(scored: Sequence[Scored], protocol: str) -> Summary:
     summary = macro_by_type("macro over tasks")(scored, protocol)
     extra: dict[str, Any] = {}
-    for kind, summarise in (("coord", summarise_cells), ("json", summarise_boxes)):
-        part = [s for s in scored if s.item.kind == kind]
+    for task, name, summarise in (
+        ("ssr_lcm", "localcogmap", summarise_cells),
+        ("ssr_grounding7", "grounding7", summarise_boxes),
+    ):
+        part = [s for s in scored if s.item.question_type == task]
         if part:
-            extra[{"coord": "localcogmap", "json": "grounding7"}[kind]] = dict(
-                summarise(part, protocol).extra
-            )
+            extra[name] = dict(summarise(part, protocol).extra)
     return Summary(summary.name, summary.headline, extra)
 
 
@@ -169,7 +170,8 @@ def _media(row: Row) -> tuple[Media, ...]:
     paths = [str(path) for path in row.get("images") or ()]
     if row.get("media_kind") == "video" and paths:
         folder = str(PurePosixPath(paths[0]).parent)
-        return (Media("video", folder, tuple(PurePosixPath(path).name for path in paths)),)
+        names = tuple(PurePosixPath(path).name for path in paths)
+        return (Media("video", folder, names, tuple(row.get("frame_times_s") or ())),)
     return tuple(Media("image", path) for path in paths)
 
 
@@ -194,6 +196,7 @@ ROWS = BenchmarkSpec(
     cluster_columns=("scene_id",),
     system=_system,
     marks=_marks,
+    same_scene=True,
     verbatim=True,
 )
 

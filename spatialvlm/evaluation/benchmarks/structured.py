@@ -306,7 +306,7 @@ def _judge_intern(item: Item, text: str) -> Verdict:
     if not present(judged):
         same = text.strip().rstrip(".").lower() == item.gold.strip().rstrip(".").lower()
         return Verdict(text.strip(), float(same), not text.strip())
-    return Verdict(text.strip(), float(bool(int(judged))), not text.strip())
+    return Verdict(text.strip(), float(float(str(judged)) > 0), not text.strip())
 
 
 def _summarise_intern(scored: Sequence[Scored], protocol: str) -> Summary:

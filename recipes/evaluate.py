@@ -1,0 +1,289 @@
+r"""Answer benchmarks with a checkpoint and score the answers.
+
+    accelerate launch --config_file configs/accelerate/cpu1.yaml recipes/evaluate.py configs/eval/demo.yaml \
+        model.init_from=runs/demo/stage2/final run.dir=runs/demo/eval_stage2
+    accelerate launch recipes/evaluate.py configs/eval/vsi_bench.yaml model.init_from=runs/stage2/final
+    python recipes/evaluate.py configs/eval/vsi_bench.yaml evaluation.score_only=true   # no model, no torch
+
+- any number of processes: questions about the same media stay together, every process writes its own file
+- killed runs continue (``run.resume=auto``), also with another number of processes; nothing is asked twice
+- the media of several questions are encoded once (``evaluation.shared_prefix``); decoding is greedy
+- ``evaluation.media=drop`` is the blind baseline, ``blank`` and ``shuffle`` are its stricter variants
+
+Run folder: ``<benchmark>/{predictions.jsonl, manifest.json, result.json, per_item.csv, report.html}``, and
+``summary.csv``, ``report.html``, ``run.json``, ``config.resolved.yaml``, ``environment.json`` beside them.
+
+Exit codes: 0 everything scored, 2 configuration, 3 data, 1 any other failure. See docs/evaluation.md.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spatialvlm.config.evaluation import EvalConfig
+from spatialvlm.config.load import dump_yaml, load_config
+from spatialvlm.errors import ConfigError, DataError, EvaluationError, SpatialVLMError
+from spatialvlm.evaluation.predictions import read_predictions
+from spatialvlm.evaluation.registry import find_spec, load_benchmark
+from spatialvlm.evaluation.report import text_table, write_report
+from spatialvlm.evaluation.schema import Benchmark
+from spatialvlm.evaluation.scoring import Result, score, write_result
+
+
+def find_file(config: EvalConfig, name: str) -> Path:
+    """The local file of a benchmark: stated, or ``<data_root>/<name>.<suffix>``, or that folder."""
+    section = config.evaluation
+    if name in section.files:
+        return Path(section.files[name])
+    if section.data_root is None:
+        raise ConfigError(
+            f"no file for {name}: set evaluation.files.{name} or evaluation.data_root"
+        )
+    for suffix in (".jsonl", ".json", ".parquet", ".tsv", ".csv", ""):
+        path = Path(section.data_root) / f"{name}{suffix}"
+        if path.exists():
+            return path
+    raise DataError(
+        f"{section.data_root} has no {name}.jsonl, .json, .parquet, .tsv or folder {name}"
+    )
+
+
+def open_benchmark(config: EvalConfig, name: str) -> Benchmark:
+    """Items of one benchmark."""
+    return load_benchmark(
+        name, find_file(config, name), media_root=config.evaluation.media_root.get(name)
+    )
+
+
+def score_folder(
+    config: EvalConfig, benchmark: Benchmark, folder: Path, *, partial: bool
+) -> Result:
+    """Score ``predictions.jsonl`` and write the benchmark's results."""
+    section = config.evaluation
+    predictions, _ = read_predictions(folder / "predictions.jsonl")
+    manifest_path = folder / "manifest.json"
+    manifest = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
+    result = score(
+        benchmark,
+        predictions,
+        section.protocol,
+        section.unparsed,
+        section.seed,
+        allow_partial=partial,
+        strip_think=section.strip_think,
+        manifest=manifest,
+    )
+    write_result(result, folder)
+    write_report([folder], folder / "report.html")
+    print(result.line(), flush=True)
+    return result
+
+
+class Asker:
+    """The checkpoint under test with everything that is loaded once."""
+
+    def __init__(self, config: EvalConfig) -> None:
+        from spatialvlm.config.geometry import GeometryConfig
+        from spatialvlm.data.media.plan import MediaPolicy
+        from spatialvlm.data.template import ChatTemplate, load_processor
+        from spatialvlm.models.build import build_layout, build_model
+        from spatialvlm.models.directory import find_folder, saved_geometry
+        from spatialvlm.training.distributed import start_processes
+
+        assert config.model is not None
+        self.config = config
+        self.processes = start_processes(timeout_s=3600)
+        self.folder = find_folder(config.model.init_from, config.model.revision)
+        saved = saved_geometry(self.folder)
+        geometry = GeometryConfig.model_validate(saved["geometry"]) if saved else None
+        if geometry is not None:
+            changes: dict[str, Any] = {
+                "allow_encoder_mismatch": config.model.allow_encoder_mismatch
+            }
+            if config.model.geometry_source:
+                changes["source"] = config.model.geometry_source
+            geometry = geometry.model_copy(update=changes)
+        self.layout = build_layout(self.folder, geometry)
+        self.template = ChatTemplate.from_checkpoint(self.folder)
+        self.policy = MediaPolicy.from_processor(load_processor(self.folder)).with_budget(
+            max_pixels=config.evaluation.max_pixels, temporal=self.layout.tau
+        )
+        import torch
+
+        dtype = torch.bfloat16 if config.evaluation.dtype == "bf16" else torch.float32
+        self.model = build_model(
+            self.folder, geometry, dtype=dtype, device=self.processes.device
+        ).eval()
+
+    def complete(self, packs: list[Any], max_new_tokens: int) -> list[list[list[int]]]:
+        """Greedy completions of prompt packs."""
+        import torch
+
+        from spatialvlm.errors import OutOfMemoryError
+        from spatialvlm.models.generation import generate
+
+        try:
+            return generate(self.model, packs, max_new_tokens)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"{error}; lower evaluation.batch_size or set it to auto"
+            ) from None
+
+    def manifest(self, benchmark: Benchmark) -> dict[str, Any]:
+        """How the answers are made; a resumed run must agree with it."""
+        from spatialvlm import __version__
+        from spatialvlm.evaluation.schema import sha256_of
+
+        section = self.config.evaluation
+        weights = sorted(p for p in self.folder.glob("*.safetensors*") if p.is_file())
+        index = next((p for p in weights if p.suffix == ".json"), weights[0] if weights else None)
+        return {
+            "benchmark": benchmark.spec.name,
+            "data_file": str(benchmark.path),
+            "media_root": str(benchmark.media_root),
+            "data_sha256": benchmark.sha256,
+            "protocol": section.protocol,
+            "media": section.media,
+            "frames": section.frames,
+            "frame_policy": section.frame_policy,
+            "max_pixels": section.max_pixels,
+            "decoding": {
+                "do_sample": False,
+                "max_new_tokens": section.max_new_tokens or benchmark.spec.max_new_tokens,
+            },
+            "limit": section.limit,
+            "limit_seed": section.limit_seed,
+            "checkpoint": str(self.config.model.init_from) if self.config.model else "",
+            "checkpoint_sha256": sha256_of(index) if index else "",
+            "template": self.template.fingerprint,
+            "dtype": section.dtype,
+            "batch_size": section.batch_size,
+            "seed": section.seed,
+            "world_size": self.processes.size,
+            "package_version": __version__,
+        }
+
+    def ask(self, benchmark: Benchmark, folder: Path) -> None:
+        """Answer one benchmark into its folder."""
+        from spatialvlm.evaluation.generate import (
+            Place,
+            answer,
+            check_manifest,
+            limited,
+            make_asks,
+            merge,
+        )
+        from spatialvlm.evaluation.model_generator import PackGenerator
+        from spatialvlm.synthesis.marks import draw_marks
+
+        section, processes = self.config.evaluation, self.processes
+        overwrite = self.config.run.overwrite or self.config.run.resume == "none"
+        manifest = self.manifest(benchmark)
+        processes.on_main(lambda: check_manifest(folder, manifest, overwrite=overwrite))
+        items = limited(benchmark.items, section.limit, section.limit_seed)
+        asks = make_asks(
+            benchmark, items, protocol=section.protocol, media=section.media, seed=section.seed
+        )
+        generator = PackGenerator(
+            self.complete,
+            self.template,
+            self.layout,
+            self.policy,
+            root=benchmark.media_root,
+            frames=section.frames,
+            frame_policy=section.frame_policy,
+            draw_marks=draw_marks,
+            scratch=folder / "blank",
+        )
+        answer(
+            benchmark,
+            asks,
+            generator,
+            folder,
+            place=Place(processes.rank, processes.size),
+            max_new_tokens=section.max_new_tokens,
+            batch_size=8 if section.batch_size == "auto" else section.batch_size,
+            adapt_batch=section.batch_size == "auto",
+            shared_prefix=section.shared_prefix,
+            num_workers=section.num_workers,
+            prefetch=section.prefetch,
+            max_failures=section.max_failures,
+            quiet=section.quiet,
+        )
+        processes.barrier()
+        processes.on_main(lambda: str(merge(folder, asks)))
+
+
+def write_state(folder: Path, state: str, reason: str = "") -> None:
+    """``run.json``: what became of the run."""
+    text = json.dumps({"kind": "evaluation", "state": state, "reason": reason})
+    (folder / "run.json").write_text(text + "\n", encoding="utf-8")
+
+
+def main(config: EvalConfig, overrides: Sequence[str]) -> int:
+    """Generate (unless ``score_only``), score, report; returns the exit code."""
+    section = config.evaluation
+    for name in section.benchmarks:
+        find_spec(name)
+    benchmarks = {name: open_benchmark(config, name) for name in section.benchmarks}
+    folder = Path(config.run.dir)
+    asker = None if section.score_only else Asker(config)
+    main_process = asker is None or asker.processes.is_main
+    if main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_state(folder, "running")
+        (folder / "config.resolved.yaml").write_text(dump_yaml(config), encoding="utf-8")
+        if asker is not None:
+            from spatialvlm.training.state import environment
+
+            facts = environment(
+                world_size=asker.processes.size, seed=section.seed, overrides=overrides
+            )
+            (folder / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
+    failed: list[str] = []
+    for name, benchmark in benchmarks.items():
+        try:
+            if asker is not None:
+                asker.ask(benchmark, folder / name)
+            if main_process:
+                score_folder(config, benchmark, folder / name, partial=section.limit is not None)
+        except (DataError, EvaluationError) as error:
+            if len(benchmarks) == 1 or (asker is not None and asker.processes.size > 1):
+                raise
+            failed.append(f"{name}: {error}")
+            print(f"{type(error).__name__}: {failed[-1]}", file=sys.stderr)
+    if main_process and len(failed) < len(benchmarks):
+        found = write_report([folder], folder / "report.html")
+        (folder / "report.csv").replace(folder / "summary.csv")
+        print(text_table(found), flush=True)
+        write_state(folder, "failed" if failed else "done", "; ".join(failed))
+    if asker is not None:
+        from spatialvlm.training.distributed import leave
+
+        leave(asker.processes)
+    return 1 if failed else 0
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", type=Path, help="YAML recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    arguments = parser.parse_args(argv)
+    try:
+        config = load_config(arguments.config, arguments.overrides, EvalConfig)
+        return main(config, arguments.overrides)
+    except SpatialVLMError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 3 if isinstance(error, DataError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,465 @@
+"""Answer a benchmark with a model: grouped by media, sharded over processes, resumable after a kill.
+
+The model hides behind :class:`Generator`; this file knows neither torch nor tokenizers. Items that ask about
+the same media form a group, which is never split over processes, so that its visual prefix is encoded once.
+Every answered item is one line of ``predictions.rank<r>.jsonl``, flushed per batch; the lines hold nothing
+that depends on speed or on the number of processes, so the merged file is the same however it was made.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from spatialvlm.errors import ConfigError, DataError, EvaluationError, OutOfMemoryError
+from spatialvlm.evaluation.predictions import Key, read_predictions, write_predictions
+from spatialvlm.evaluation.prompts import Messages, build_messages, derangement
+from spatialvlm.evaluation.schema import Benchmark, Item
+
+MAX_HALVINGS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class GenConfig:
+    """Decoding; always greedy, without stop strings."""
+
+    max_new_tokens: int
+    do_sample: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer."""
+
+    text: str
+    num_new_tokens: int = 0
+    finish: str = "eos"
+    """``eos`` or ``length``."""
+
+
+class Generator(Protocol):
+    """What the engine needs from a model. A group holds prompts that share all of their media."""
+
+    def prepare(self, group: Sequence[Messages]) -> Any:
+        """Decode and encode one group; called in worker threads.
+
+        Raises:
+            DataError: Media are missing or broken.
+        """
+
+    def generate(self, prepared: Sequence[Any], config: GenConfig) -> list[list[Completion]]:
+        """Answer the prompts of several prepared groups, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Process of a distributed run."""
+
+    rank: int = 0
+    world: int = 1
+
+
+# ------------------------------------------------------------------------------------------------- what to ask
+
+
+def limited(items: Sequence[Item], limit: int | None, seed: int = 0) -> list[Item]:
+    """At most ``limit`` items, an equal number per question type as far as they last, in file order."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    by_type: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        by_type[item.question_type].append(item)
+
+    def order(item: Item) -> str:
+        return hashlib.sha256(f"{seed}|{item.question_type}|{item.id}".encode()).hexdigest()
+
+    queues = [sorted(part, key=order) for _, part in sorted(by_type.items())]
+    chosen: set[Key] = set()
+    depth = 0
+    while len(chosen) < limit:
+        for queue in queues:
+            if depth < len(queue) and len(chosen) < limit:
+                chosen.add(queue[depth].key)
+        depth += 1
+    return [item for item in items if item.key in chosen]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One prompt."""
+
+    item: Item
+    messages: Messages
+    sha: str
+    """SHA-256 of the messages."""
+
+
+def _sha(value: Any) -> str:
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, default=_bytes_name).encode()
+    ).hexdigest()
+
+
+def _bytes_name(value: Any) -> str:
+    data = value if isinstance(value, bytes) else repr(value).encode()
+    return hashlib.sha256(data).hexdigest()
+
+
+def media_key(messages: Messages) -> str:
+    """Identity of everything that precedes the question: media, marks and system text."""
+    parts = [part for m in messages for part in m["content"] if part["type"] != "text"]
+    system = [m["content"] for m in messages if m["role"] == "system"]
+    return _sha([parts, [m.get("marks") for m in messages], system])
+
+
+def make_asks(
+    benchmark: Benchmark,
+    items: Sequence[Item],
+    *,
+    protocol: str,
+    media: str = "real",
+    seed: int = 0,
+    allow_absolute: bool = False,
+) -> list[Ask]:
+    """Prompts of all items."""
+    donors = derangement(benchmark, seed) if media == "shuffle" else {}
+    asks = []
+    for item in items:
+        messages = build_messages(
+            item,
+            benchmark.spec,
+            protocol,
+            media,
+            root=benchmark.media_root,
+            donor=donors.get(item.key),
+            allow_absolute=allow_absolute,
+        )
+        asks.append(Ask(item, messages, _sha(messages)))
+    return asks
+
+
+def estimated_length(messages: Messages) -> int:
+    """Rough number of tokens: 256 per picture or frame (16 frames where unknown) and 4 characters per token."""
+    total = 0
+    for message in messages:
+        for part in message["content"]:
+            if part["type"] == "text":
+                total += len(part["text"]) // 4
+            elif part["type"] == "image":
+                total += 256
+            else:
+                total += 256 * (len(part.get("frames") or ()) or 16)
+    return total
+
+
+def group_asks(asks: Sequence[Ask]) -> list[list[Ask]]:
+    """Groups of prompts on the same media, longest first; ties keep file order."""
+    groups: dict[str, list[Ask]] = defaultdict(list)
+    for ask in asks:
+        has_media = any(p["type"] != "text" for m in ask.messages for p in m["content"])
+        groups[media_key(ask.messages) if has_media else f"text:{len(groups)}"].append(ask)
+    return sorted(groups.values(), key=lambda group: -estimated_length(group[0].messages))
+
+
+def batches(
+    groups: Sequence[Sequence[Ask]], size: int, *, shared_prefix: bool = True
+) -> Iterator[list[list[Ask]]]:
+    """Batches of at most ``size`` prompts; a larger group is cut, a batch holds groups of similar length.
+
+    Args:
+        groups: Sorted by length.
+        size: Prompts per batch.
+        shared_prefix: ``False`` makes every prompt its own group (the visual prefix is encoded per prompt).
+    """
+    batch: list[list[Ask]] = []
+    room = size
+    for group in groups:
+        step = size if shared_prefix else 1
+        for start in range(0, len(group), step):
+            piece = list(group[start : start + step])
+            if len(piece) > room:
+                yield batch
+                batch, room = [], size
+            batch.append(piece)
+            room -= len(piece)
+    if batch:
+        yield batch
+
+
+# ---------------------------------------------------------------------------------------------------- manifest
+
+
+def check_manifest(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    """Refuse to continue answers that were made with other settings; write the manifest.
+
+    Raises:
+        ConfigError: Names the differing keys with both values.
+    """
+    path = folder / "manifest.json"
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        ignored = {"world_size", "git_commit", "package_version", "batch_size"}
+        now = json.loads(json.dumps(manifest, default=str))
+        differing = [
+            f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
+            for key in sorted({*before, *now} - ignored)
+            if before.get(key) != now.get(key)
+        ]
+        if differing and not overwrite:
+            raise ConfigError(
+                f"{folder} holds answers made with other settings:\n  "
+                + "\n  ".join(differing)
+                + "\nUse another run.dir or run.overwrite=true."
+            )
+        if differing or overwrite:
+            for shard in folder.glob("predictions*.jsonl"):
+                shard.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(manifest, indent=1, default=str) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def finished(folder: Path) -> dict[Key, str]:
+    """Prompt hash of every item that is already answered, from the files of any number of processes."""
+    shards = sorted(folder.glob("predictions*.jsonl"))
+    if not shards:
+        return {}
+    done, _ = read_predictions(shards, resuming=True)
+    return {key: str(p.extra.get("prompt_sha", "")) for key, p in done.items() if not p.error}
+
+
+def _repair_tail(path: Path) -> None:
+    """Cut a line that a killed writer left without its newline."""
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        path.write_bytes(data[: data.rfind(b"\n") + 1])
+
+
+# ------------------------------------------------------------------------------------------------------ running
+
+
+class Progress:
+    """Items, items/s, new tokens/s and ETA: a bar on a terminal, a line every 30 s elsewhere."""
+
+    def __init__(
+        self, name: str, total: int, folder: Path, *, quiet: bool, stream: TextIO = sys.stderr
+    ):
+        from tqdm import tqdm
+
+        self.name, self.total, self.folder, self.stream = name, total, folder, stream
+        self.quiet = quiet
+        self.start = self.last = time.monotonic()
+        self.first = self._count()
+        self.tokens = self.empty = 0
+        on_terminal = stream.isatty() and not quiet
+        self.bar = (
+            tqdm(total=total, initial=self.first, desc=name, file=stream) if on_terminal else None
+        )
+
+    def _count(self) -> int:
+        return sum(p.read_bytes().count(b"\n") for p in self.folder.glob("predictions.rank*.jsonl"))
+
+    def update(self, completions: Sequence[Completion]) -> None:
+        """Count the completions of this process; the items of all processes are read from their files."""
+        self.tokens += sum(c.num_new_tokens for c in completions)
+        self.empty += sum(not c.text.strip() for c in completions)
+        now = time.monotonic()
+        if self.quiet or (self.bar is None and now - self.last < 30):
+            return
+        self.last = now
+        done, seconds = self._count(), max(now - self.start, 1e-9)
+        rate = (done - self.first) / seconds
+        if self.bar is not None:
+            self.bar.n = min(done, self.total)
+            self.bar.set_postfix_str(f"{self.tokens / seconds:.0f} tok/s, {self.empty} empty")
+            return
+        eta = (self.total - done) / rate if rate > 0 else float("inf")
+        print(
+            f"{self.name}: {done}/{self.total} items, {rate:.1f}/s, {self.tokens / seconds:.0f} tokens/s, "
+            f"ETA {eta:.0f} s, {self.empty} empty",
+            file=self.stream,
+        )
+
+    def close(self) -> None:
+        """Finish the bar."""
+        if self.bar is not None:
+            self.bar.n = min(self._count(), self.total)
+            self.bar.close()
+
+
+def answer(
+    benchmark: Benchmark,
+    asks: Sequence[Ask],
+    generator: Generator,
+    folder: Path,
+    *,
+    place: Place = Place(),
+    max_new_tokens: int | None = None,
+    batch_size: int = 8,
+    adapt_batch: bool = False,
+    shared_prefix: bool = True,
+    num_workers: int = 2,
+    prefetch: int = 2,
+    max_failures: float = 0.005,
+    quiet: bool = False,
+) -> int:
+    """Answer this process's share of the prompts.
+
+    Args:
+        benchmark: Where the items come from.
+        asks: All prompts; every process passes the same list.
+        generator: The model.
+        folder: Receives ``predictions.rank<r>.jsonl``; answers found there are not asked again.
+        place: This process.
+        max_new_tokens: ``None`` = the benchmark's.
+        batch_size: Prompts generated together.
+        adapt_batch: Halve the batch when memory runs out, at most four times.
+        shared_prefix: Encode the media of a group once.
+        num_workers: Decoding threads.
+        prefetch: Batches decoded ahead.
+        max_failures: Share of all items whose media may be unreadable.
+        quiet: No progress.
+
+    Returns:
+        Number of items answered now.
+
+    Raises:
+        EvaluationError: Too many unreadable items; the message lists them.
+        OutOfMemoryError: Also with the smallest batch.
+    """
+    done = finished(folder)
+    config = GenConfig(max_new_tokens or benchmark.spec.max_new_tokens)
+    mine = group_asks(asks)[place.rank :: place.world]
+    groups = [
+        left for group in mine if (left := [a for a in group if done.get(a.item.key) != a.sha])
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"predictions.rank{place.rank}.jsonl"
+    if path.is_file():
+        _repair_tail(path)
+    budget = int(max_failures * len(asks))
+    failures: list[str] = []
+    answered = 0
+    progress = Progress(benchmark.spec.name, len(asks), folder, quiet=quiet or place.rank > 0)
+    halvings = MAX_HALVINGS if adapt_batch else 0
+    with path.open("a", encoding="utf-8") as file, ThreadPoolExecutor(max(num_workers, 1)) as pool:
+        pending = list(batches(groups, batch_size, shared_prefix=shared_prefix))
+        ahead: dict[int, list[Future[Any]]] = {}
+        for number, batch in enumerate(pending):
+            for later in range(number, min(number + 1 + prefetch, len(pending))):
+                if later not in ahead:
+                    ahead[later] = [
+                        pool.submit(generator.prepare, [ask.messages for ask in group])
+                        for group in pending[later]
+                    ]
+            ready: list[tuple[list[Ask], Any]] = []
+            for group, future in zip(batch, ahead.pop(number), strict=True):
+                prepared, error = _prepared(generator, group, future)
+                if error:
+                    failures += [f"{ask.item.id}: {error}" for ask in group]
+                    _write(file, [(ask, Completion("", 0, "error"), error) for ask in group])
+                else:
+                    ready.append((group, prepared))
+            if len(failures) > budget:
+                raise EvaluationError(
+                    f"{len(failures)} of {len(asks)} items of {benchmark.spec.name} cannot be read (allowed: "
+                    f"{budget}, evaluation.max_failures={max_failures}):\n  "
+                    + "\n  ".join(failures[:20])
+                )
+            completions, halvings = _generate(generator, ready, config, halvings)
+            flat = [c for group in completions for c in group]
+            _write(
+                file,
+                [
+                    (ask, completion, "")
+                    for (group, _), answers in zip(ready, completions, strict=True)
+                    for ask, completion in zip(group, answers, strict=True)
+                ],
+            )
+            answered += len(flat)
+            progress.update(flat)
+    progress.close()
+    return answered
+
+
+def _prepared(generator: Generator, group: list[Ask], future: "Future[Any]") -> tuple[Any, str]:
+    """Result of a decoding thread; a failure is retried once."""
+    try:
+        return future.result(), ""
+    except DataError:
+        try:
+            return generator.prepare([ask.messages for ask in group]), ""
+        except DataError as error:
+            return None, str(error)
+
+
+def _generate(
+    generator: Generator, ready: Sequence[tuple[list[Ask], Any]], config: GenConfig, halvings: int
+) -> tuple[list[list[Completion]], int]:
+    """Generate; on lack of memory, halve the list of groups while halvings are left."""
+    if not ready:
+        return [], halvings
+    try:
+        return generator.generate([prepared for _, prepared in ready], config), halvings
+    except OutOfMemoryError:
+        if halvings == 0 or len(ready) == 1:
+            raise
+        print(f"out of memory with {len(ready)} groups; trying halves", file=sys.stderr)  # noqa: T201
+        middle = len(ready) // 2
+        first, halvings = _generate(generator, ready[:middle], config, halvings - 1)
+        second, halvings = _generate(generator, ready[middle:], config, halvings)
+        return first + second, halvings
+
+
+def _row(ask: Ask, completion: Completion, error: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": ask.item.id, "prediction": completion.text}
+    if ask.item.variant:
+        row["variant"] = ask.item.variant
+    row |= {k: v for k, v in asdict(completion).items() if k != "text"}
+    row["prompt_sha"] = ask.sha
+    if error:
+        row["error"] = error
+    return row
+
+
+def _write(file: TextIO, rows: Sequence[tuple[Ask, Completion, str]]) -> None:
+    for ask, completion, error in rows:
+        file.write(json.dumps(_row(ask, completion, error), ensure_ascii=False) + "\n")
+    file.flush()
+
+
+def merge(folder: Path, asks: Sequence[Ask]) -> Path:
+    """Merge the files of all processes into ``predictions.jsonl`` in item order and remove them.
+
+    Raises:
+        EvaluationError: An item has no answer.
+    """
+    shards = sorted(folder.glob("predictions*.jsonl"))
+    shas = {ask.item.key: ask.sha for ask in asks}
+    answers: dict[Key, dict[str, Any]] = {}
+    for shard in shards:
+        _repair_tail(shard)
+        for line in shard.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            key = str(row["id"]), str(row.get("variant") or "")
+            current = shas.get(key) == row.get("prompt_sha")
+            if current and (key not in answers or answers[key].get("error")):
+                answers[key] = row
+    missing = [ask.item.id for ask in asks if ask.item.key not in answers]
+    if missing:
+        raise EvaluationError(
+            f"{len(missing)} items were not answered, e.g. {missing[:5]}; start the run again"
+        )
+    path = folder / "predictions.jsonl"
+    write_predictions(path, (answers[ask.item.key] for ask in asks))
+    for shard in shards:
+        if shard != path:
+            shard.unlink()
+    return path

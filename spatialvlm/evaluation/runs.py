@@ -1,0 +1,143 @@
+"""Read finished runs back from their folders: results, items with answers, training metrics."""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spatialvlm.errors import DataError
+from spatialvlm.evaluation.charts import PALETTE
+from spatialvlm.evaluation.metrics import Estimate, estimate, p_value
+from spatialvlm.evaluation.scoring import PairedResult
+
+
+@dataclass(frozen=True, slots=True)
+class ItemRow:
+    """One line of ``per_item.csv``."""
+
+    id: str
+    variant: str
+    cluster: str
+    question_type: str
+    category: str
+    gold: str
+    extracted: str
+    score: float
+    unparsed: bool
+    finish: str
+
+
+@dataclass(frozen=True)
+class BenchRun:
+    """One benchmark of one run."""
+
+    label: str
+    """Name of the run in tables."""
+    color: str
+    folder: Path
+    result: dict[str, Any]
+    manifest: dict[str, Any]
+
+    @property
+    def blind(self) -> bool:
+        """Whether the model saw no real media."""
+        return self.manifest.get("media", "real") != "real"
+
+    def items(self) -> list[ItemRow]:
+        """Per-item scores."""
+        with (self.folder / "per_item.csv").open(encoding="utf-8", newline="") as file:
+            return [
+                ItemRow(
+                    row["id"],
+                    row["variant"],
+                    row["cluster"],
+                    row["question_type"],
+                    row["category"],
+                    row["gold"],
+                    row["extracted"],
+                    float(row["score"]),
+                    row["unparsed"] == "1",
+                    row["finish"],
+                )
+                for row in csv.DictReader(file)
+            ]
+
+    def texts(self) -> dict[tuple[str, str], str]:
+        """Raw answers by id and variant."""
+        path = self.folder / "predictions.jsonl"
+        if not path.is_file():
+            return {}
+        rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line)
+        return {(str(r["id"]), str(r.get("variant") or "")): str(r["prediction"]) for r in rows}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def read_runs(folders: Sequence[str | Path]) -> dict[str, list[BenchRun]]:
+    """Benchmarks of several run folders, ``{benchmark: [one entry per run]}`` in the given order.
+
+    A folder that itself holds ``result.json`` is a single benchmark.
+
+    Raises:
+        DataError: A folder has no result.
+    """
+    found: dict[str, list[BenchRun]] = {}
+    for number, folder in enumerate(map(Path, folders)):
+        parts = [folder] if (folder / "result.json").is_file() else sorted(folder.glob("*/"))
+        parts = [part for part in parts if (part / "result.json").is_file()]
+        if not parts:
+            raise DataError(
+                f"{folder} holds no result.json; run recipes/evaluate.py or `score --out` first"
+            )
+        for part in parts:
+            result = _read_json(part / "result.json")
+            manifest_path = part / "manifest.json"
+            manifest = _read_json(manifest_path) if manifest_path.is_file() else {}
+            label = folder.name.removeprefix("eval_") or str(folder)
+            color = PALETTE[number % len(PALETTE)]
+            found.setdefault(result["benchmark"], []).append(
+                BenchRun(label, color, part, result, manifest)
+            )
+    return found
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """Logged steps of a training run; of a step that was replayed, the last attempt counts.
+
+    Raises:
+        DataError: No ``metrics.jsonl``.
+    """
+    path = Path(folder) / "metrics.jsonl"
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; --training needs folders of training runs")
+    steps: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # a line cut off by a kill
+        if isinstance(row.get("step"), int):
+            steps[row["step"]] = {**steps.get(row["step"], {}), **row}
+    return [steps[step] for step in sorted(steps)]
+
+
+def paired_macro(a: BenchRun, b: BenchRun) -> PairedResult | None:
+    """Difference a - b of the macro mean over question types on common items, clustered by scene."""
+    left = {(i.id, i.variant): i for i in a.items()}
+    right = {(i.id, i.variant): i for i in b.items()}
+    common = [key for key in left if key in right]
+    if not common:
+        return None
+    found: Estimate = estimate(
+        [left[key].score - right[key].score for key in common],
+        [left[key].cluster for key in common],
+        [(left[key].question_type,) for key in common],
+    )
+    return PairedResult(
+        found.value, found.se, found.ci95, p_value(found.value, found.se), found.n, found.clusters
+    )
