@@ -208,7 +208,8 @@ class JsonArray(Container):
 class JoinedRows(Container):
     """Rows held in memory, for small sets whose rows are joined from several files."""
 
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
+    def __init__(self, path: Path, rows: list[dict[str, Any]]) -> None:
+        self.path = path
         self._rows = rows
 
     def scan(self) -> Iterator[RawRow]:

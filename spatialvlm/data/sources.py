@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,8 @@ from spatialvlm.data.containers import (
     parquet_to_arrow,
 )
 from spatialvlm.data.formats import FORMATS, Format, Place, SourceAttrs, detect, read_row
+from spatialvlm.data.formats.base import media_path
+from spatialvlm.data.formats.scene_qa import referring_error
 from spatialvlm.data.sample import MediaRef, Sample
 from spatialvlm.errors import ConfigError, DataError, MediaError
 
@@ -63,6 +66,14 @@ class Source:
                 f"source {self.name}: unknown format {format!r}; known: {', '.join(FORMATS)}."
             )
         self.files = _expand(self.name, self.root, files)
+        self.notes: list[str] = []
+        """What opening the files found that a user should know."""
+        self.repeat_time = 1.0
+        """``repeat_time`` of a SPAR manifest: multiply ``repeat`` by it; below 1 it is a ``fraction``."""
+        self._bases = [attrs.base] * len(self.files)
+        manifest = read_manifest(self.name, self.root, self.files)
+        if manifest is not None:
+            self.files, self._bases, self.repeat_time = manifest
         self.stems = _stems(self.files)
         self._format = format
         self._containers: dict[str, Container] = {}
@@ -80,7 +91,10 @@ class Source:
                 if not isinstance(raw.value, DataError)
             ]
             self._format = detect(rows, f"source {self.name}, {self.files[0]}").name
-        return FORMATS[self._format]
+        fmt = FORMATS[self._format]
+        if fmt.shape == "referring":
+            raise referring_error(f"source {self.name} ({self.files[0]})")
+        return fmt
 
     def container(self, file: int | str) -> Container:
         """The container of a data file: its number, or a path below the root."""
@@ -98,7 +112,7 @@ class Source:
             file: Number of the file.
             part: One part of :meth:`~spatialvlm.data.containers.JsonLines.ranges`; None = all.
         """
-        fmt = self.format
+        fmt, attrs = self.format, self._attrs_of(file)
         container = self.container(file)
         rows = container.scan()
         if part is not None:
@@ -109,7 +123,7 @@ class Source:
                 yield raw, raw.value
                 continue
             try:
-                yield raw, read_row(raw.value, fmt, self.attrs, self.place(file, raw.row))
+                yield raw, read_row(raw.value, fmt, attrs, self.place(file, raw.row))
             except DataError as error:
                 yield raw, error
 
@@ -120,7 +134,12 @@ class Source:
             DataError: The row is not what it was when it was indexed.
         """
         value = self.container(file).read(row, offset, length)
-        return read_row(value, self.format, self.attrs, self.place(file, row, epoch))
+        return read_row(value, self.format, self._attrs_of(file), self.place(file, row, epoch))
+
+    def _attrs_of(self, file: int) -> SourceAttrs:
+        if self._bases[file] == self.attrs.base:
+            return self.attrs
+        return replace(self.attrs, base=self._bases[file])
 
     def place(self, file: int, row: int, epoch: int = 0) -> Place:
         """Where a row stands."""
@@ -142,7 +161,9 @@ class Source:
         if kind == ".jsonl":
             return JsonLines(path)
         if kind == ".json":
-            return _open_json(path)
+            return self._open_json(path)
+        if kind == ".csv":
+            return _open_csv(path)
         if kind == ".parquet":
             if self.access == "row_group":
                 return ArrowRows(path)
@@ -159,16 +180,101 @@ class Source:
             return TarRows(path)
         raise ConfigError(
             f"source {self.name}: {name} is of no known kind; "
-            "known: .jsonl, .json, .parquet, .arrow, .tar, and saved Hugging Face datasets."
+            "known: .jsonl, .json, .csv, .parquet, .arrow, .tar, and saved Hugging Face datasets."
         )
 
+    def _open_json(self, path: Path) -> Container:
+        head = _head(path)
+        if not head.startswith(b"{"):
+            return JsonArray(path)
+        whole = _json_object(path)
+        if whole is None:
+            return JsonLines(path)
+        if "annotations" in whole and "questions" not in whole:
+            return JoinedRows(path, [])  # its rows are those of the questions' file
+        if "questions" not in whole:
+            raise ConfigError(
+                f"source {self.name}: {path.name} is one JSON object with the keys {sorted(whole)[:8]}, not a "
+                "list of rows."
+            )
+        annotations: list[Any] = []
+        for name in self.files:
+            other = _json_object(self.root / name) if name.endswith(".json") else None
+            annotations += (other or {}).get("annotations", [])
+        rows, alone = join_by_id(whole["questions"], annotations, "question_id")
+        if alone:
+            self.notes.append(
+                f"{path.name}: {len(alone)} question_ids have no partner and are left out: {alone[:5]}"
+            )
+        return JoinedRows(path, rows)
 
-def _open_json(path: Path) -> Container:
+
+def _head(path: Path) -> bytes:
     with path.open("rb") as file:
-        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if head.startswith(b"["):
-        return JsonArray(path)
-    return JsonLines(path)
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+
+
+def _json_object(path: Path) -> dict[str, Any] | None:
+    """The file as one JSON object, or None when it is a list, or one object per line."""
+    if not _head(path).startswith(b"{"):
+        return None
+    with path.open("rb") as file:
+        first = file.readline()
+        if file.read(1).strip() and _is_json(first):
+            return None
+    try:
+        whole = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    known = isinstance(whole, dict) and not {"conversations", "messages", "turns"} & whole.keys()
+    return whole if known else None
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _open_csv(path: Path) -> Container:
+    """A table of text; columns are found by name, lists are Python literals."""
+    import csv
+
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        return JoinedRows(path, [dict(row) for row in csv.DictReader(file)])
+
+
+def read_manifest(
+    source: str, root: Path, files: Sequence[str]
+) -> tuple[tuple[str, ...], list[str], float] | None:
+    """Data files, media folders, and ``repeat_time`` of a SPAR manifest; None when it is none.
+
+    Raises:
+        ConfigError: Entries of different ``repeat_time``, which need a source each.
+    """
+    if len(files) != 1 or not files[0].endswith(".json") or not (root / files[0]).is_file():
+        return None
+    whole = _json_object(root / files[0])
+    entries = list(whole.values()) if whole else []
+    if not entries or not all(isinstance(e, dict) and "annotation" in e for e in entries):
+        return None
+    folder = Path(files[0]).parent
+    repeats = {float(entry.get("repeat_time", 1)) for entry in entries}
+    if len(repeats) > 1:
+        raise ConfigError(
+            f"source {source}: {files[0]} has entries of different repeat_time {sorted(repeats)}; list their "
+            "annotation files as sources of their own, with repeat or fraction."
+        )
+    names = [media_path(".", str(folder / entry["annotation"])) for entry in entries]
+    for name in names:
+        if not (root / name).is_file():
+            raise ConfigError(
+                f"source {source}: {files[0]} names {name}, which is not below {root}."
+            )
+    bases = [media_path(".", str(folder / entry.get("root", "."))) for entry in entries]
+    return tuple(names), bases, repeats.pop()
 
 
 def _expand(source: str, root: Path, patterns: Sequence[str]) -> tuple[str, ...]:
@@ -245,6 +351,3 @@ def join_by_id(
     rows = [dict(by_id[q.get(key)]) | dict(q) for q in questions if q.get(key) in by_id]
     asked = {q.get(key) for q in questions}
     return rows, sorted((asked ^ by_id.keys()) - {None}, key=str)
-
-
-__all__ = ["JoinedRows", "Source", "check_sources", "join_by_id"]

@@ -13,6 +13,8 @@ from spatialvlm.data.formats.base import Format, Place, Row, SourceAttrs
 from spatialvlm.data.formats.canonical import read_canonical, sample_to_json
 from spatialvlm.data.formats.conversation import read_conversation
 from spatialvlm.data.formats.rows import read_rows
+from spatialvlm.data.formats.scene_qa import read_referring, read_scanqa, read_sqa3d
+from spatialvlm.data.formats.spar import is_spar, read_spar
 from spatialvlm.data.sample import Sample
 from spatialvlm.errors import ConfigError
 
@@ -43,6 +45,15 @@ def _onevision(row: Row) -> int:
     return 2 if _is_cell(row["image"]) else 1 if row["image"] is None else 0
 
 
+def _scanqa(row: Row) -> int:
+    return 2 * (_has(row, "answers", "scene_id", "question") and "situation" not in row)
+
+
+def _referring(row: Row) -> int:
+    spoken = _has(row, "utterance", "stimulus_id") or _has(row, "ann_id", "description")
+    return 2 * (spoken and not _talk(row))
+
+
 def _qwen(row: Row) -> int:
     if not _talk(row):
         return 0
@@ -60,6 +71,15 @@ FORMATS: dict[str, Format] = {
             exact=True,
         ),
         Format("canonical", "canonical", lambda row: 2 * _has(row, "uid", "turns"), read_canonical),
+        Format("spar", "conversation", is_spar, read_spar, same_scene=True),
+        Format(
+            "sqa3d",
+            "question",
+            lambda row: 2 * _has(row, "situation", "question", "answers"),
+            read_sqa3d,
+        ),
+        Format("scanqa", "question", _scanqa, read_scanqa),
+        Format("referring", "referring", _referring, read_referring),
         Format(
             "vlm3r",
             "conversation",

@@ -114,7 +114,7 @@ def media_path(base: str, path: str) -> str:
         return path
     if base != ".":
         path = f"{base}/{path}"
-    if "./" in path or "//" in path or path.endswith("/.."):
+    if "./" in path or "//" in path or path.endswith(("/.", "/..")):
         return posixpath.normpath(path)
     return path.rstrip("/")
 
@@ -133,6 +133,8 @@ def video_ref(
         store: Literal["file", "frames"] = "file" if suffix(path) in VIDEO_SUFFIXES else "frames"
         return MediaRef("video", store, path, clip_s=clip)
     files = [media_path(base, p) for p in path]
-    folder = posixpath.commonpath([posixpath.dirname(f) or "." for f in files])
+    if len({f.startswith("/") for f in files}) > 1:
+        raise DataError(f"frames mix absolute and relative paths: {files[:2]}.", reason="schema")
+    folder = posixpath.commonpath([posixpath.dirname(f) for f in files]) or "."
     start = 0 if folder == "." else len(folder.rstrip("/")) + 1
     return MediaRef("video", "frames", folder, "\n".join(f[start:] for f in files), clip_s=clip)
