@@ -20,6 +20,8 @@ from spatialvlm.errors import SpatialVLMError, WorkerError
 
 Report = Callable[[str], None]
 """Called with the name of the sample that is about to be read."""
+STARTUP_S = 60.0
+"""Added to the time limit of a worker's first task, which waits for imports."""
 Work = Callable[[Any, Any, Report], Any]
 """``work(context, task, report) -> result``; a module-level function."""
 
@@ -30,7 +32,8 @@ class _Worker:
     pipe: Connection
     ticket: int = -1
     since: float = 0.0
-    at: str = "nothing yet"
+    """When the task began; in the future while the worker starts."""
+    at: str = ""
 
 
 @dataclass
@@ -105,7 +108,7 @@ class WorkerPool:
             if full and self._waiting[0][0] != wanted:
                 return
             worker.ticket, task = self._waiting.popleft()
-            worker.since, worker.at = time.monotonic(), "nothing yet"
+            worker.since, worker.at = max(time.monotonic(), worker.since), ""
             worker.pipe.send(task)
 
     def _launch(self) -> _Worker:
@@ -118,7 +121,7 @@ class WorkerPool:
         )
         process.start()
         theirs.close()
-        return _Worker(process, ours)
+        return _Worker(process, ours, since=time.monotonic() + STARTUP_S)
 
     def _receive(self) -> None:
         """Wait for the next message of any worker."""
@@ -133,7 +136,7 @@ class WorkerPool:
                 self.close()
                 raise WorkerError(
                     f"a loader worker spent more than loader.timeout_s={self.timeout_s} on one pack; it was at "
-                    f"{worker.at}. Check that file, or raise the limit",
+                    f"{worker.at or 'its start'}. Check that file, or raise the limit",
                     reason="timeout",
                 )
 
@@ -148,11 +151,13 @@ class WorkerPool:
             )
             self.close()
             raise WorkerError(
-                f"a loader worker died ({cause}) while it read {worker.at}. SIGKILL usually means the machine ran "
+                f"a loader worker died ({cause}) while it read {worker.at or 'nothing yet'}. SIGKILL usually means the machine ran "
                 "out of memory: lower loader.num_workers, loader.prefetch_mb or data.media.cache_mb",
                 reason="worker",
             ) from None
         if kind == "at":
+            if not worker.at:
+                worker.since = time.monotonic()
             worker.at = value
             return
         self._ready[worker.ticket] = (value, size)

@@ -1,0 +1,76 @@
+"""Worker processes: ordered results, errors passed on, death and hangs explained, bounded memory."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from spatialvlm.data.workers import WorkerPool
+from spatialvlm.errors import DataError, WorkerError
+
+
+def work(context, task, report):
+    kind, value = task
+    report(f"sample {value}")
+    if kind == "square":
+        time.sleep(0.02 * (value % 3))  # finish out of order
+        return {"result": np.full(context, value**2)}
+    if kind == "fail":
+        raise DataError(f"sample {value} is broken", reason="truncated")
+    if kind == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "hang":
+        time.sleep(60)
+    return value
+
+
+@pytest.fixture
+def pool():
+    made = []
+
+    def make(num_workers=2, **options):
+        made.append(WorkerPool(work, 3, num_workers, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_results_keep_their_order_and_errors_their_type(pool):
+    workers = pool()
+    tickets = [workers.submit(("square", n)) for n in range(8)]
+    assert [workers.get(t)["result"].tolist() for t in tickets] == [[n * n] * 3 for n in range(8)]
+    bad, good = workers.submit(("fail", 5)), workers.submit(("square", 2))
+    with pytest.raises(DataError, match="sample 5 is broken") as caught:
+        workers.get(bad)
+    assert caught.value.reason == "truncated"
+    assert workers.get(good)["result"][0] == 4  # the pool lives on
+
+
+def test_a_killed_worker_is_named_with_its_sample(pool):
+    workers = pool(1)
+    ticket = workers.submit(("die", 41))
+    with pytest.raises(WorkerError, match=r"SIGKILL.*sample 41"):
+        workers.get(ticket)
+
+
+def test_a_hanging_worker_is_ended(pool):
+    workers = pool(1, timeout_s=0.5)
+    ticket = workers.submit(("hang", 7))
+    started = time.monotonic()
+    with pytest.raises(WorkerError, match=r"timeout_s=0\.5.*sample 7"):
+        workers.get(ticket)
+    assert time.monotonic() - started < 10
+
+
+def test_finished_results_do_not_pile_up(pool):
+    """With room for one result only, nothing runs ahead of what is fetched, and nothing deadlocks."""
+    workers = pool(1, max_ready_bytes=0)
+    tickets = [workers.submit(("square", n)) for n in range(6)]
+    for n, ticket in enumerate(tickets):
+        assert workers.get(ticket)["result"][0] == n * n
+        time.sleep(0.05)
+        assert len(workers._ready) <= 1
