@@ -15,6 +15,7 @@ import numpy as np
 
 from spatialvlm.scenes.boxes import UPRIGHT_TILT_DEG
 from spatialvlm.scenes.cameras import MIN_GROUND_PROJECTION, Camera
+from spatialvlm.scenes.io import load_depth
 from spatialvlm.scenes.schema import Object, Scene, Vis
 from spatialvlm.scenes.transforms import Array, geodesic_deg, wrap_deg
 from spatialvlm.synthesis.rows import Margin, Reason, Reject
@@ -28,6 +29,13 @@ FIRST_SEEN_PX = 16
 APPEARED_PX_FRAC = 0.002
 APPEARED_VIS_FRAC = 0.1
 REFERENCE_PIXELS = 640 * 480
+PAIR_ROTATION_DEG = (15.0, 120.0)
+PAIR_BASELINE_M = 0.2
+PAIR_IOU = (0.06, 0.60)
+PAIR_SHARED = 2
+MAX_OPEN_DEPTH = 4
+MAX_PAIR_FRAMES = 48
+"""Frames (evenly spread) among which view pairs are searched."""
 
 
 def require(
@@ -136,6 +144,8 @@ class SceneContext:
         self.frame_of: dict[str, int] = {f.frame_id: i for i, f in enumerate(scene.frames)}
         self._views: dict[int, View] = {}
         self._pairs: dict[tuple[int, int], Pair] = {}
+        self._usable: list[tuple[int, int]] | None = None
+        self._depths: dict[int, Array] = {}
 
     # Boxes ---------------------------------------------------------------------------------------
     @cached_property
@@ -329,6 +339,54 @@ class SceneContext:
             iou=None if overlap is None else float(overlap[i, j]),
             shared=shared,
         )
+
+    def is_usable(self, i: int, j: int) -> bool:
+        """Whether two views are far enough apart and still share enough.
+
+        Rotation 15 to 120 degrees, baseline at least 0.2 m, overlap 0.06 to 0.60 and two objects that
+        are clean in both.
+        """
+        pair = self.pair(i, j)
+        return (
+            pair.iou is not None
+            and PAIR_IOU[0] <= pair.iou <= PAIR_IOU[1]
+            and PAIR_ROTATION_DEG[0] <= pair.rotation_deg <= PAIR_ROTATION_DEG[1]
+            and pair.baseline_m >= PAIR_BASELINE_M
+            and len(pair.shared) >= PAIR_SHARED
+        )
+
+    def usable_pairs(self) -> list[tuple[int, int]]:
+        """All usable pairs ``i < j``."""
+        if self._usable is None:
+            frames = self.video_frames(MAX_PAIR_FRAMES)
+            self._usable = [
+                (i, j)
+                for n, i in enumerate(frames)
+                for j in frames[n + 1 :]
+                if self.is_usable(i, j)
+            ]
+        return self._usable
+
+    def usable_pair(self, frames: Sequence[str]) -> tuple[View, View]:
+        """The two views of a question.
+
+        Raises:
+            Reject: ``no_view_pair``: the views are too similar or share too little.
+        """
+        i, j = (self.frame_of[frame] for frame in frames)
+        if not self.is_usable(i, j):
+            raise Reject(Reason.NO_VIEW_PAIR, f"{frames[0]}, {frames[1]}")
+        return self.view(i), self.view(j)
+
+    def depth(self, index: int) -> Array | None:
+        """Z-depth ``[H, W]`` in metres of a frame, ``None`` without a depth map; the last few are kept."""
+        if self.scene.frames[index].depth is None:
+            return None
+        if index not in self._depths:
+            if len(self._depths) >= MAX_OPEN_DEPTH:
+                del self._depths[next(iter(self._depths))]
+            self._depths[index] = load_depth(self.scene, self.scene.frames[index])
+        return self._depths[index]
 
     @cached_property
     def covisibility(self) -> Array | None:

@@ -30,7 +30,6 @@ from spatialvlm.synthesis.wording import UNIT_WORDS, PhraseBook, Ref, Wording
 OPTION_GAP = 0.2
 """Least relative difference of a numeric distractor from the truth and from every other one."""
 OPTION_RATIO = (0.4, 1.8)
-VIDEO_FORMATS = [0]
 
 
 class Writer:
@@ -273,7 +272,7 @@ class Writer:
     # Rows ----------------------------------------------------------------------------------------
     def qa(self, *turns: Turn, tags: Sequence[str] = (), group: str = "", system: str = "") -> QA:
         """Finish the question: slots for the objects it names, formats it may be shown in."""
-        slots = [] if self.media == "none" else self._slots(turns)
+        slots = self._slots(turns, 1 if system else 0) if self.media == "images" else []
         return QA(
             turns=list(turns),
             frames=self.frames,
@@ -286,10 +285,8 @@ class Writer:
             group=group,
         )
 
-    def _slots(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
-        if self.media == "video":
-            return []
-        offset = 1 if self.args.get("system") else 0
+    def _slots(self, turns: Sequence[Turn], offset: int) -> list[dict[str, Any]]:
+        """What formats need to know about each named object; ``offset`` messages come first."""
         spans: dict[int, list[list[int]]] = {}
         for number, turn in enumerate(turns):
             for obj, ranges in turn.spans.items():

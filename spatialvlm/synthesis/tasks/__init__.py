@@ -1,24 +1,62 @@
 """All tasks by id. A new task is a class with three methods and one line here."""
 
+from spatialvlm.synthesis.tasks import (
+    camera,
+    extra,
+    intern,
+    measure,
+    multiview,
+    relation,
+    vsi,
+    vsti,
+)
 from spatialvlm.synthesis.tasks.base import Task
-from spatialvlm.synthesis.tasks.camera import DepthChoice
-from spatialvlm.synthesis.tasks.extra import LocateCell, ObjectColour
-from spatialvlm.synthesis.tasks.intern import IsCount
-from spatialvlm.synthesis.tasks.measure import DistAbs
-from spatialvlm.synthesis.tasks.relation import FrontBehind, HighLow, LeftRight
-from spatialvlm.synthesis.tasks.vsi import VsiCount, VsiOrder
 
 _ALL: tuple[Task, ...] = (
-    DistAbs(),
-    LeftRight(),
-    HighLow(),
-    FrontBehind(),
-    DepthChoice(),
-    VsiCount(),
-    VsiOrder(),
-    IsCount(),
-    LocateCell(),
-    ObjectColour(),
+    # OpenSpatial, in the order of its 19 sub-tasks
+    measure.SizeAbs(),
+    measure.SizeRel(),
+    measure.DistAbs(),
+    relation.LeftRight(),
+    relation.HighLow(),
+    relation.FrontBehind(),
+    camera.DepthChoice(),
+    camera.DepthOrder(),
+    camera.DistObjCam(),
+    camera.CamMotion(),
+    camera.CamPose(),
+    multiview.MvDistAbs(),
+    multiview.MvDistRel(),
+    multiview.MvPos(),
+    multiview.CorrPoint(),
+    multiview.CorrObj(),
+    # VSI-Bench
+    vsi.VsiCount(),
+    vsi.VsiObjSize(),
+    vsi.VsiRoomSize(),
+    vsi.VsiAbsDist(),
+    vsi.VsiRelDist(),
+    vsi.VsiRelDir(),
+    vsi.VsiOrder(),
+    # VSTI-Bench
+    vsti.CamObjAbs(),
+    vsti.CamObjRel(),
+    vsti.ObjObjNearFar(),
+    vsti.ObjObjLeftRight(),
+    vsti.ObjObjUpDown(),
+    vsti.CamDisp(),
+    vsti.CamDir(),
+    vsti.DistChange(),
+    # InternSpatial
+    intern.IsPosition(),
+    intern.IsSize(),
+    intern.IsExist(),
+    intern.IsCount(),
+    intern.IsRotation(),
+    # Further
+    extra.LocateCell(),
+    extra.ObjectColour(),
+    multiview.MvSizeRel(),
 )
 TASKS: dict[str, Task] = {task.id: task for task in _ALL}
 """Task id -> task, in the order of the documentation."""

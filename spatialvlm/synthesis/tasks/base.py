@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import permutations
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from numpy.random import Generator
 
-from spatialvlm.synthesis.context import SceneContext
-from spatialvlm.synthesis.rows import QA, Args, Derived, Form, Reason, Reject
+from spatialvlm.synthesis.context import PAIR_IOU, SceneContext
+from spatialvlm.synthesis.rows import QA, Args, Derived, Form, Reason, Reject, Turn
 from spatialvlm.synthesis.writer import Writer
 
 MAX_COMBINATIONS = 400
 """Ordered object tuples tried per frame."""
+NUM_IOU_BINS = 9
 
 
 class Task:
@@ -47,15 +48,15 @@ class Task:
         """Yield candidate arguments, best first, until there are no more."""
         raise NotImplementedError
 
-    def derive(self, ctx: SceneContext, args: Args) -> Derived:
-        """Compute the answer from geometry.
+    def derive(self, ctx: SceneContext, args: Args) -> Derived | list[Derived]:
+        """Compute the answer from geometry; a list for a dialogue with one entry per turn.
 
         Raises:
             Reject: The question is not asked.
         """
         raise NotImplementedError
 
-    def phrase(self, ctx: SceneContext, args: Args, derived: Derived, write: Writer) -> QA:
+    def phrase(self, ctx: SceneContext, args: Args, derived: Any, write: Writer) -> QA:
         """Write the question.
 
         Raises:
@@ -185,6 +186,71 @@ def take_sizes(
             yield item
 
 
+def per_pair(
+    ctx: SceneContext, rng: Generator, size: int, variants: Sequence[str] = ("",)
+) -> Iterator[Args]:
+    """Objects that are clean in both views of usable pairs, the pairs taking turns.
+
+    Args:
+        ctx: The scene.
+        rng: Source of randomness.
+        size: Objects per question; 0 yields each pair once.
+        variants: One is drawn per candidate.
+    """
+
+    def stream(i: int, j: int) -> Iterator[Args]:
+        frames = [ctx.view(i).frame_id, ctx.view(j).frame_id]
+        objects = tuples(rng, ctx.pair(i, j).shared, size) if size else iter([[]])
+        for chosen in objects:
+            variant = variants[int(rng.integers(len(variants)))]
+            yield {"variant": variant, "frames": frames, "objects": chosen}
+
+    yield from take_turns([stream(i, j) for i, j in mixed_pairs(ctx, rng)])
+
+
+def mixed_pairs(ctx: SceneContext, rng: Generator) -> list[tuple[int, int]]:
+    """Usable view pairs in random order, evenly over nine bins of overlap."""
+    pairs = ctx.usable_pairs()
+    require_count(pairs, 1, Reason.NO_VIEW_PAIR)
+    bins: dict[int, list[tuple[int, int]]] = {}
+    for index in shuffled(rng, pairs):
+        i, j = pairs[index] if rng.random() < 0.5 else pairs[index][::-1]
+        overlap = ctx.pair(i, j).iou or 0.0
+        low, high = PAIR_IOU
+        slot = min(int((overlap - low) / (high - low) * NUM_IOU_BINS), NUM_IOU_BINS - 1)
+        bins.setdefault(slot, []).append((i, j))
+    mixed = []
+    queues = [bins[slot] for slot in sorted(bins)]
+    while any(queues):
+        mixed += [queue.pop() for queue in queues if queue]
+    return mixed
+
+
+def view_chains(
+    ctx: SceneContext, rng: Generator, sizes: Sequence[int], limit: int = 60
+) -> Iterator[list[int]]:
+    """Random sequences of different views in which consecutive views form a usable pair."""
+    pairs = ctx.usable_pairs()
+    require_count(pairs, 1, Reason.NO_VIEW_PAIR)
+    near: dict[int, list[int]] = {}
+    for i, j in pairs:
+        near.setdefault(i, []).append(j)
+        near.setdefault(j, []).append(i)
+    starts = sorted(near)
+    seen: set[tuple[int, ...]] = set()
+    for _ in range(limit):
+        size = sizes[int(rng.integers(len(sizes)))]
+        chain = [starts[int(rng.integers(len(starts)))]]
+        while len(chain) < size:
+            onward = [j for j in near[chain[-1]] if j not in chain]
+            if not onward:
+                break
+            chain.append(onward[int(rng.integers(len(onward)))])
+        if len(chain) == size and tuple(chain) not in seen:
+            seen.add(tuple(chain))
+            yield chain
+
+
 def require_count(items: Sequence[object], least: int, reason: Reason) -> None:
     """Reject when there are fewer than ``least`` items.
 
@@ -193,3 +259,23 @@ def require_count(items: Sequence[object], least: int, reason: Reason) -> None:
     """
     if len(items) < least:
         raise Reject(reason, f"{len(items)} of {least}")
+
+
+def two_choice(
+    write: Writer, objects: Sequence[int], winner: int, word: str, variant: str = ""
+) -> Turn:
+    """Ask whether the first of two objects has a property, or which one has it.
+
+    Args:
+        write: Writer of the row, whose frames are set.
+        objects: The two objects in the order of mention.
+        winner: The one that has it.
+        word: Value of the template's slot ``{word}``.
+        variant: Template variant; the word itself by default.
+    """
+    first, second = write.name_all(objects)
+    slots = {"a": first, "b": second, "word": word}
+    if write.base == "YN":
+        return write.turn("yesno", winner == objects[0], slots, variant=variant or word)
+    right, wrong = (first, second) if winner == objects[0] else (second, first)
+    return write.turn("text", right.short, slots, variant=variant or word, wrong=[wrong.short])

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from numpy.random import Generator
 
-from spatialvlm.synthesis.context import SceneContext, require_range
-from spatialvlm.synthesis.rows import QA, Args, Derived, Margin
-from spatialvlm.synthesis.tasks.base import Task, per_frame
+from spatialvlm.synthesis.context import SceneContext, require, require_range, tightest
+from spatialvlm.synthesis.rows import QA, Args, Derived, Margin, Reason, Reject
+from spatialvlm.synthesis.tasks.base import Task, per_frame, two_choice
 from spatialvlm.synthesis.writer import Writer
 
 VISIBLE = 0.30
@@ -64,3 +64,146 @@ class DistAbs(Task):
                 places=places,
             )
         )
+
+
+def extent(ctx: SceneContext, obj: int, attribute: str) -> float:
+    """One extent of an object in metres.
+
+    Args:
+        ctx: The scene.
+        obj: Object index.
+        attribute: ``longest`` of the three extents, ``height``, ``long_side`` or ``short_side`` (the
+            larger and the smaller horizontal extent).
+
+    Raises:
+        Reject: ``tilted``: only ``longest`` means something for a tilted box.
+    """
+    size = ctx.size_list[obj]
+    if attribute == "longest":
+        return max(size)
+    if not ctx.upright[obj]:
+        raise Reject(Reason.TILTED, f"object {obj}")
+    if attribute == "height":
+        return size[2]
+    return max(size[:2]) if attribute == "long_side" else min(size[:2])
+
+
+class SizeAbs(Task):
+    """How large 1-4 objects are, one turn of a dialogue each."""
+
+    id = "size_abs"
+    family = "SM"
+    capability = "MM"
+    group = "meas"
+    dimension = "size"
+    needs = frozenset({"metric"})
+    forms = ("NUM",)
+    variants = ("longest", "height", "long_side", "short_side")
+    balance = "number"
+
+    def propose(self, ctx: SceneContext, rng: Generator) -> Iterator[Args]:
+        """1-4 clean objects of one frame."""
+        return per_frame(ctx, rng, (1, 2, 3, 4), self.variants, ordered=False)
+
+    def derive(self, ctx: SceneContext, args: Args) -> Derived | list[Derived]:
+        """Metres, 0.05 to 6, of objects that are completely in the image."""
+        view = ctx.view(args["frames"][0])
+        ctx.require_clean(view, args["objects"])
+        turns = []
+        for obj in args["objects"]:
+            vis = view.vis[obj]
+            if vis.trunc:
+                raise Reject(Reason.TRUNCATED, f"object {obj}")
+            value = extent(ctx, obj, args["variant"])
+            require_range(value, 0.05, 6.0, args["variant"])
+            turns.append(Derived(value, Margin("vis", vis.vis_frac, VISIBLE), {"size_m": value}))
+        return turns if len(turns) > 1 else turns[0]
+
+    def phrase(
+        self, ctx: SceneContext, args: Args, derived: Derived | list[Derived], write: Writer
+    ) -> QA:
+        """Numbers in one unit."""
+        write.show([ctx.frame_of[args["frames"][0]]])
+        unit, factor, places = metric_unit(write)
+        parts = derived if isinstance(derived, list) else [derived]
+        refs = write.name_all(args["objects"])
+        write.in_sentence = False
+        turns = [
+            write.turn(
+                "number",
+                part.answer * factor,
+                {"a": ref},
+                variant=args["variant"],
+                unit=unit,
+                places=places,
+            )
+            for ref, part in zip(refs, parts, strict=True)
+        ]
+        return write.qa(*turns)
+
+
+VOLUME_RATIO = 1.30
+EXTENT_RATIO = 1.05
+SINGLE_RATIO = 1.20
+COMPARISONS = {
+    "bigger": ("volume", True),
+    "smaller": ("volume", False),
+    "taller": ("height", True),
+    "shorter": ("height", False),
+    "wider": ("long_side", True),
+    "narrower": ("long_side", False),
+}
+"""Comparison -> (what is compared, whether the larger one is meant)."""
+
+
+def compare_size(ctx: SceneContext, a: int, b: int, word: str) -> tuple[int, Margin]:
+    """Which of two objects is bigger, taller, ...
+
+    A volume decides only if its ratio is at least 1.30 and the longest extents agree (ratio 1.05); a
+    single extent needs a ratio of 1.20.
+
+    Returns:
+        Index of the object the word fits, and the margin.
+
+    Raises:
+        Reject: ``margin``, ``extent_tie`` or ``tilted``.
+    """
+    what, larger = COMPARISONS[word]
+    if what == "volume":
+        values = ctx.volume[a], ctx.volume[b]
+    else:
+        values = extent(ctx, a, what), extent(ctx, b, what)
+    big, small = (a, b) if values[0] >= values[1] else (b, a)
+    ratio = max(values) / min(values)
+    margin = require("ratio", ratio, VOLUME_RATIO if what == "volume" else SINGLE_RATIO)
+    if what == "volume":
+        longest = max(ctx.size_list[big]) / max(ctx.size_list[small])
+        margin = tightest(margin, require("extent_ratio", longest, EXTENT_RATIO, Reason.EXTENT_TIE))
+    return (big if larger else small), margin
+
+
+class SizeRel(Task):
+    """Which of two objects is bigger (smaller, taller, wider, ...)."""
+
+    id = "size_rel"
+    family = "SM"
+    capability = "SR"
+    group = "meas"
+    dimension = "size"
+    variants = tuple(COMPARISONS)
+
+    def propose(self, ctx: SceneContext, rng: Generator) -> Iterator[Args]:
+        """Two clean objects of one frame."""
+        return per_frame(ctx, rng, 2, self.variants)
+
+    def derive(self, ctx: SceneContext, args: Args) -> Derived:
+        """Index of the object the word fits."""
+        a, b = args["objects"]
+        ctx.require_clean(ctx.view(args["frames"][0]), (a, b))
+        winner, margin = compare_size(ctx, a, b, args["variant"])
+        return Derived(winner, margin, {"winner": winner})
+
+    def phrase(self, ctx: SceneContext, args: Args, derived: Derived, write: Writer) -> QA:
+        """Yes/no about the first object, or which of the two."""
+        write.show([ctx.frame_of[args["frames"][0]]])
+        return write.qa(two_choice(write, args["objects"], derived.answer, args["variant"]))

@@ -8,7 +8,7 @@ from numpy.random import Generator
 
 from spatialvlm.synthesis.context import SceneContext, View, require, tightest
 from spatialvlm.synthesis.rows import QA, Args, Derived, Margin, Reason, Reject
-from spatialvlm.synthesis.tasks.base import Task, per_frame
+from spatialvlm.synthesis.tasks.base import Task, per_frame, two_choice
 from spatialvlm.synthesis.writer import Writer
 
 GAP_M = 0.15
@@ -101,17 +101,7 @@ class PairRelation(Task):
     def phrase(self, ctx: SceneContext, args: Args, derived: Derived, write: Writer) -> QA:
         """Yes/no about the first object, or which of the two."""
         write.show([ctx.frame_of[args["frames"][0]]])
-        a, b = args["objects"]
-        first, second = write.name_all((a, b))
-        slots = {"a": first, "b": second, "side": args["variant"]}
-        if write.base == "YN":
-            turn = write.turn("yesno", derived.answer == a, slots, variant=args["variant"])
-        else:
-            right, wrong = (first, second) if derived.answer == a else (second, first)
-            turn = write.turn(
-                "text", right.short, slots, variant=args["variant"], wrong=[wrong.short]
-            )
-        return write.qa(turn)
+        return write.qa(two_choice(write, args["objects"], derived.answer, args["variant"]))
 
 
 class LeftRight(PairRelation):

@@ -6,14 +6,17 @@ not shown is never asked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
 from numpy.random import Generator
 
+from spatialvlm.scenes.transforms import wrap_deg
 from spatialvlm.synthesis.context import SceneContext, require, require_range, tightest
-from spatialvlm.synthesis.rows import QA, Args, Derived, Margin, Reason, Reject
-from spatialvlm.synthesis.tasks.base import Task, shuffled, tuples
+from spatialvlm.synthesis.rows import QA, Args, Derived, Margin, Reason, Reject, Turn
+from spatialvlm.synthesis.tasks.base import Task, require_count, shuffled, tuples
+from spatialvlm.synthesis.tasks.camera import order_turn
+from spatialvlm.synthesis.tasks.multiview import corner_angles
 from spatialvlm.synthesis.writer import Writer
 
 NUM_FRAMES = 32
@@ -123,8 +126,8 @@ class VsiOrder(VideoTask):
     capability = "CR"
     group = "complex"
     dimension = "rel"
-    forms = ("MCQ",)
-    variants = ("4",)
+    forms = ("MCQ", "OE")
+    variants = ("4", "3", "2")
 
     def propose(self, ctx: SceneContext, rng: Generator) -> Iterator[Args]:
         """Objects whose first appearance is clear, in random order of mention."""
@@ -159,21 +162,284 @@ class VsiOrder(VideoTask):
         return Derived(order, tightest(*margins), {"first_seen_s": moments})
 
     def phrase(self, ctx: SceneContext, args: Args, derived: Derived, write: Writer) -> QA:
-        """One of several permutations (all of them for two labels)."""
+        """One of several permutations (all of them for two labels), or the list itself."""
         write.show(self.frames(ctx, args), "video")
-        right = ", ".join(derived.answer)
-        orders = {right}
-        for _ in range(24):
-            if len(orders) == min(4, 2 * len(derived.answer) - 2):
-                break
-            orders.add(", ".join(write.draws.shuffled(derived.answer)))
-        wrong = sorted(orders - {right})
         slots = {"labels": _listed(args["labels"])}
-        if write.base == "OE":
-            return write.qa(write.turn("list", derived.answer, slots))
-        return write.qa(write.turn("text", right, slots, wrong=wrong))
+        return write.qa(order_turn(write, derived.answer, slots))
 
 
 def _listed(words: list[str]) -> str:
     """``a, b and c``."""
     return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+class VsiObjSize(VideoTask):
+    """Longest extent of an object, in centimetres."""
+
+    id = "vsi_obj_size"
+    family = "SM"
+    capability = "MM"
+    group = "meas"
+    dimension = "size"
+    needs = frozenset({"metric"})
+    forms = ("NUM", "MCQ")
+    balance = "number"
+
+    def propose(self, ctx: SceneContext, rng: Generator) -> Iterator[Args]:
+        """Objects with a label of their own."""
+        pool = self.seen_unique(ctx)
+        for i in shuffled(rng, pool):
+            yield {"variant": "", "frames": self.clip(ctx), "objects": [pool[i]]}
+
+    def derive(self, ctx: SceneContext, args: Args) -> Derived:
+        """Centimetres, 5 to 600; the object is clean in some frame."""
+        obj = args["objects"][0]
+        frames = self.frames(ctx, args)
+        self.require_unique(ctx, [obj])
+        margin = self.require_seen(ctx, [obj], frames)
+        if not any(ctx.view(frame).is_clean(obj) for frame in frames):
+            raise Reject(Reason.NOT_CLEAN, f"object {obj} in no frame")
+        value = 100.0 * max(ctx.size_list[obj])
+        require_range(value, 5.0, 600.0, "size")
+        return Derived(value, margin, {"size_cm": value})
+
+    def phrase(self, ctx: SceneContext, args: Args, derived: Derived, write: Writer) -> QA:
+        """A number of centimetres."""
+        write.show(self.frames(ctx, args), "video")
+        slots = {"label": ctx.labels[args["objects"][0]]}
+        return write.qa(number_turn(write, derived.answer, slots, unit="cm", places=0))
+
+
+def number_turn(
+    write: Writer,
+    value: float,
+    slots: Mapping[str, object],
+    *,
+    unit: str,
+    places: int,
+    variant: str = "",
+) -> Turn:
+    """A number, or one of four numbers at least 20 % apart."""
+    wrong = write.number_options(value, places) if write.base == "MCQ" else None
+    return write.turn(
+        "number", value, slots, variant=variant, unit=unit, places=places, wrong=wrong
+    )
+
+
+class VsiRoomSize(VideoTask):
+    """Floor area of the room."""
+
+    id = "vsi_room_size"
+    family = "SM"
+    capability = "MM"
+    group = "meas"
+    dimension = "size"
+    needs = frozenset({"metric", "room"})
+    forms = ("NUM",)
+    balance = "number"
+
+    def propose(self, ctx: SceneContext, rng: Generator) -> Iterator[Args]:
+        """One question per scene."""
+        del rng
+        yield {"variant": "", "frames": self.clip(ctx)}
+
+    def derive(self, ctx: SceneContext, args: Args) -> Derived:
+        """Square metres."""
+        self.frames(ctx, args)
+        if ctx.area_m2 is None:
+            raise Reject(Reason.NEEDS_ROOM)
+        return Derived(ctx.area_m2, Margin("vis", 0.3, 0.3), {"area_m2": ctx.area_m2})
+
+    def phrase(self, ctx: SceneContext, args: Args, derived: Derived, write: Writer) -> QA:
+        """A number of square metres with one decimal."""
+        write.show(self.frames(ctx, args), "video")
+        return write.qa(number_turn(write, derived.answer, {}, unit="m2", places=1))
+
+
+class VsiAbsDist(VideoTask):
+    """Closest-point distance of two objects."""
+
+    id = "vsi_abs_dist"
+    family = "SM"
+    capability = "MM"
+    group = "meas"
+    dimension = "size"
+    needs = frozenset({"metric"})
+    forms = ("NUM", "MCQ")
+    balance = "number"
+
+    def propose(self, ctx: SceneContext, rng: Generator) -> Iterator[Args]:
+        """Pairs of objects with labels of their own."""
+        for objects in tuples(rng, self.seen_unique(ctx), 2):
+            yield {"variant": "", "frames": self.clip(ctx), "objects": objects}
+
+    def derive(self, ctx: SceneContext, args: Args) -> Derived:
+        """Metres, 0.2 to 10."""
+        a, b = args["objects"]
+        self.require_unique(ctx, [a, b])
+        margin = self.require_seen(ctx, [a, b], self.frames(ctx, args))
+        value = ctx.distances[a][b]
+        require_range(value, 0.2, 10.0, "distance")
+        return Derived(value, margin, {"distance_m": value})
+
+    def phrase(self, ctx: SceneContext, args: Args, derived: Derived, write: Writer) -> QA:
+        """Metres with one decimal."""
+        write.show(self.frames(ctx, args), "video")
+        a, b = (ctx.labels[obj] for obj in args["objects"])
+        slots = {"a": a, "b": b}
+        return write.qa(number_turn(write, derived.answer, slots, unit="m", places=1))
+
+
+class VsiRelDist(VideoTask):
+    """Which of four (three, two) labels is closest to a reference."""
+
+    id = "vsi_rel_dist"
+    family = "SR"
+    capability = "SR"
+    group = "meas"
+    dimension = "rel"
+    forms = ("MCQ",)
+    variants = ("4", "3", "2")
+
+    def propose(self, ctx: SceneContext, rng: Generator) -> Iterator[Args]:
+        """A unique reference and candidate labels, four where the scene has them."""
+        frames = ctx.video_frames(NUM_FRAMES)
+        seen = [
+            label
+            for label, same in sorted(ctx.by_label.items())
+            if all(ctx.visible_once(obj, frames) for obj in same)
+        ]
+        unique = [label for label in seen if len(ctx.by_label[label]) == 1]
+        require_count(seen, 3, Reason.TOO_FEW_OBJECTS)
+        for _ in range(400):
+            if not unique:
+                return
+            reference = unique[int(rng.integers(len(unique)))]
+            pool = [label for label in seen if label != reference]
+            count = min(int(rng.choice([4, 4, 3, 2])), len(pool))
+            labels = [pool[i] for i in rng.permutation(len(pool))[:count].tolist()]
+            yield {
+                "variant": str(count),
+                "frames": self.clip(ctx),
+                "objects": [ctx.by_label[reference][0]],
+                "labels": labels,
+            }
+
+    def derive(self, ctx: SceneContext, args: Args) -> Derived:
+        """Label whose nearest instance is closest; every pair of candidates is apart."""
+        reference = args["objects"][0]
+        self.require_unique(ctx, [reference])
+        gap = ctx.comparison_gap_m
+        values: list[float] = []
+        involved = [reference]
+        for label in args["labels"]:
+            same = ctx.by_label[label]
+            if not same or reference in same:
+                raise Reject(Reason.DUPLICATE_LABEL, label)
+            involved += same
+            values.append(min(ctx.distances[reference][obj] for obj in same))
+        self.require_seen(ctx, involved, self.frames(ctx, args))
+        require("gap_m", min(values), 0.15, Reason.TOO_CLOSE)
+        ranked = sorted(values)
+        margin = tightest(*(require("gap_m", b - a, gap) for a, b in pairwise(ranked)))
+        best = min(range(len(values)), key=lambda i: values[i])
+        return Derived(args["labels"][best], margin, {"distance_m": values})
+
+    def phrase(self, ctx: SceneContext, args: Args, derived: Derived, write: Writer) -> QA:
+        """One of the labels."""
+        write.show(self.frames(ctx, args), "video")
+        wrong = [label for label in args["labels"] if label != derived.answer]
+        slots = {"label": ctx.labels[args["objects"][0]], "labels": _listed(args["labels"])}
+        return write.qa(write.turn("text", derived.answer, slots, wrong=wrong))
+
+
+DIRECTION_GUARD_DEG = 10.0
+DIRECTIONS: dict[str, tuple[tuple[str, float, float], ...]] = {
+    "easy": (("left", 0.0, 180.0), ("right", -180.0, 0.0)),
+    "medium": (("left", 0.0, 135.0), ("right", -135.0, 0.0), ("back", 135.0, 225.0)),
+    "hard": (
+        ("front-left", 0.0, 90.0),
+        ("back-left", 90.0, 180.0),
+        ("front-right", -90.0, 0.0),
+        ("back-right", -180.0, -90.0),
+    ),
+}
+"""Variant -> (word, from, to) in degrees counter-clockwise from the facing direction."""
+
+
+def direction_word(angle: float, variant: str) -> tuple[str, Margin]:
+    """Word for a bearing, at least 10 degrees inside its sector on either side.
+
+    Args:
+        angle: Degrees, counter-clockwise from the facing direction, (-180, 180].
+        variant: Key of :data:`DIRECTIONS`.
+
+    Raises:
+        Reject: ``sector``: near a boundary.
+    """
+    for word, low, high in DIRECTIONS[variant]:
+        for value in (angle, angle + 360.0):
+            if low <= value <= high:
+                guard = min(value - low, high - value)
+                return word, require("guard_deg", guard, DIRECTION_GUARD_DEG, Reason.SECTOR)
+    raise Reject(Reason.SECTOR, f"{angle:.1f} degrees is straight ahead or behind")
+
+
+class VsiRelDir(VideoTask):
+    """Standing at A and facing B: where is C?"""
+
+    id = "vsi_rel_dir"
+    family = "MC"
+    capability = "PT"
+    group = "rel"
+    dimension = "persp"
+    forms = ("MCQ",)
+    variants = ("easy", "medium", "hard")
+    needs = frozenset({"gravity"})
+
+    def propose(self, ctx: SceneContext, rng: Generator) -> Iterator[Args]:
+        """Triples of objects with labels of their own."""
+        pool = self.seen_unique(ctx)
+        require_count(pool, 3, Reason.TOO_FEW_OBJECTS)
+        for objects in tuples(rng, pool, 3):
+            variant = self.variants[int(rng.integers(3))]
+            yield {"variant": variant, "frames": self.clip(ctx), "objects": objects}
+
+    def derive(self, ctx: SceneContext, args: Args) -> Derived:
+        """A direction word of the variant."""
+        a, b, c = args["objects"]
+        self.require_unique(ctx, [a, b, c])
+        self.require_seen(ctx, [a, b, c], self.frames(ctx, args))
+        return relative_direction(ctx, a, b, c, args["variant"])
+
+    def phrase(self, ctx: SceneContext, args: Args, derived: Derived, write: Writer) -> QA:
+        """One of two, three or four directions."""
+        write.show(self.frames(ctx, args), "video")
+        a, b, c = (ctx.labels[obj] for obj in args["objects"])
+        words = [word for word, _, _ in DIRECTIONS[args["variant"]]]
+        wrong = [word for word in words if word != derived.answer]
+        slots = {"a": a, "b": b, "c": c}
+        return write.qa(
+            write.turn("text", derived.answer, slots, variant=args["variant"], wrong=wrong)
+        )
+
+
+def relative_direction(ctx: SceneContext, a: int, b: int, c: int, variant: str) -> Derived:
+    """Direction of ``c`` for someone who stands at ``a`` and faces ``b``.
+
+    Raises:
+        Reject: ``out_of_range`` (a pair nearer than 0.3 m or farther than 5 m) or ``sector``.
+    """
+    for one, two in ((a, b), (a, c), (b, c)):
+        require_range(ctx.distances[one][two], 0.3, 5.0, "distance")
+    heading = ctx.bearing(a, b)
+    angle = wrap_deg(ctx.bearing(a, c) - heading)
+    word, margin = direction_word(angle, variant)
+    low, high = next((lo, hi) for name, lo, hi in DIRECTIONS[variant] if name == word)
+    outside = sum(
+        not any(low <= corner + turn <= high for turn in (0.0, 360.0))
+        for corner in corner_angles(ctx, a, c, heading)
+    )
+    if outside > 2:
+        raise Reject(Reason.SECTOR, f"{outside} corners of object {c} lie in another sector")
+    return Derived(word, margin, {"angle_deg": angle})
