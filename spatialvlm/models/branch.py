@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -146,6 +147,38 @@ def _vggt(settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype)
 ENCODERS: dict[str, Callable[[Mapping[str, Any], torch.device, torch.dtype], GeometryEncoder]] = {
     "vggt": _vggt
 }
+
+
+def meta_encoder(settings: Mapping[str, Any]) -> GeometryEncoder:
+    """An encoder without storage: sizes of a local file if there is one, else of the released model."""
+    builder = META_ENCODERS.get(settings["encoder"])
+    if builder is None:
+        raise ConfigError(
+            f"geometry.encoder={settings['encoder']!r} is not one of: {', '.join(ENCODERS)}, none"
+        )
+    return builder(settings)
+
+
+def _meta_vggt(settings: Mapping[str, Any]) -> GeometryEncoder:
+    from spatialvlm.models.geometry.loader import open_weights
+    from spatialvlm.models.geometry.vggt import Vggt, VggtConfig
+    from spatialvlm.models.geometry.vggt_checkpoint import build_meta, find_prefix, infer_config
+
+    config, source = VggtConfig(), settings["source"]
+    if Path(source).exists():
+        shapes = open_weights(source).shapes
+        prefix = find_prefix(shapes, str(source))
+        own = {
+            name.removeprefix(prefix): shape
+            for name, shape in shapes.items()
+            if name.startswith(prefix)
+        }
+        config = infer_config(own, str(source), prefix)
+    pairs = 1 + max(layer % config.depth for layer in settings["layers"])
+    return Vggt(build_meta(config, pairs), settings["layers"], settings["parts"])
+
+
+META_ENCODERS: dict[str, Callable[[Mapping[str, Any]], GeometryEncoder]] = {"vggt": _meta_vggt}
 
 
 def build_fusion(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 
 from spatialvlm.config.geometry import GeometryConfig
 from spatialvlm.models.backbones import adapter_of, require_config
+from spatialvlm.models.branch import GeometryBranch, build_fusion, meta_encoder
+from spatialvlm.models.cost import cost_coefficients
 from spatialvlm.models.directory import find_folder, placeholder_id
 from spatialvlm.models.spatial_vlm import SpatialVLM
 from spatialvlm.sequence.layout import TokenLayout
@@ -113,3 +116,39 @@ def build_model(
         device=device,
         head_rows=head_rows,
     )
+
+
+def build_meta_model(config_file: str | Path, geometry: GeometryConfig | None = None) -> SpatialVLM:
+    """A model without storage, for counting parameters and FLOPs.
+
+    Args:
+        config_file: A backbone's ``config.json`` (``configs/backbones/<name>.json``).
+        geometry: The geometry section. An encoder that is no local file counts with the released sizes.
+
+    Raises:
+        ConfigError: An unsupported model type.
+    """
+    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+    values = json.loads(Path(config_file).read_text(encoding="utf-8"))
+    adapter_class = adapter_of(values["model_type"])
+    config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
+    with torch.device("meta"):
+        backbone = AutoModelForImageTextToText.from_config(config)
+    adapter = adapter_class(backbone, adapter_class.pixel_spec(config, {}))
+    adapter.refuse_unsupported()
+    settings = geometry_settings(geometry)
+    if settings is None:
+        return SpatialVLM(adapter)
+    encoder = meta_encoder(settings)
+    fusion = build_fusion(adapter, settings, feature_dim=encoder.feature_dim)
+    return SpatialVLM(adapter, fusion=fusion, geometry=GeometryBranch(encoder, settings, None))
+
+
+__all__ = [
+    "build_layout",
+    "build_meta_model",
+    "build_model",
+    "cost_coefficients",
+    "geometry_settings",
+]
