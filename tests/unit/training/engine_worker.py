@@ -13,13 +13,13 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 os.environ["DS_ACCELERATOR"] = "cpu"
-import deepspeed.ops  # noqa: E402
-from tests.unit.training.fakes import RATES, FakeLoader, FakeVLM, make_batch, prepare  # noqa: E402
+import deepspeed.ops
 
-from spatialvlm.training.checkpoint import CheckpointStore, Snapshot, SliceReader, load_checkpoint  # noqa: E402
-from spatialvlm.training.distributed import Processes  # noqa: E402
-from spatialvlm.training.engines import deepspeed_settings, make_engine  # noqa: E402
-from spatialvlm.training.optim import set_lrs, verify_groups  # noqa: E402
+from spatialvlm.training.checkpoint import CheckpointStore, Snapshot, load_checkpoint
+from spatialvlm.training.distributed import Processes
+from spatialvlm.training.engines import deepspeed_settings, make_engine
+from spatialvlm.training.optim import set_lrs, verify_groups
+from tests.unit.training.fakes import RATES, FakeLoader, FakeVLM, prepare
 
 ROOT = Path(__file__).resolve().parents[3]
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

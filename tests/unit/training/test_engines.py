@@ -1,0 +1,116 @@
+"""All strategies on two real processes in one launch, against one process; and the DeepSpeed JSON rules."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spatialvlm.errors import ConfigError
+from spatialvlm.training.engines import deepspeed_settings
+
+ROOT = Path(__file__).resolve().parents[3]
+WORKER = ROOT / "tests" / "unit" / "training" / "engine_worker.py"
+STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engines")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    one = [sys.executable, str(WORKER), str(folder), "ddp"]
+    two = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(WORKER),
+    ]
+    origins = "ddp-1,ddp-2,zero2-2,zero3-2,fsdp2-2"
+    for command in (one, [*two, str(folder), ",".join(STRATEGIES), origins]):
+        done = subprocess.run(
+            command, env=env, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    return {
+        **json.loads((folder / "result-2.json").read_text()),
+        "one": json.loads((folder / "result-1.json").read_text())["ddp"],
+    }
+
+
+def _close(found, expected):
+    losses, norms, applied = found
+    assert losses == pytest.approx(expected[0], rel=1e-5)
+    assert applied == expected[2]
+    for a, b in zip(norms, expected[1], strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+        squares = sum(v**2 for k, v in a.items() if k != "total")
+        assert squares**0.5 == pytest.approx(a["total"], rel=1e-5)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_equal_one(results, strategy):
+    """Unequal label counts per rank and step; losses, norms of every part, clipping."""
+    for phase in ("first", "second"):
+        _close(results[strategy][phase], results["one"][phase])
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_resume_is_bitwise(results, strategy):
+    assert results[strategy]["resumed"] == results[strategy]["second"]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_nan_on_one_rank_skips_the_step_everywhere(results, strategy):
+    losses, _, applied = results[strategy]["nan"]
+    assert applied == [False, True]
+    assert losses[1] == pytest.approx(results["one"]["nan"][0][1], rel=1e-5)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("origin", ["ddp-1", "ddp-2", "zero2-2", "zero3-2", "fsdp2-2"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_checkpoints_move_between_strategies_and_world_sizes(results, origin, strategy):
+    _close(results[f"{origin}->{strategy}"]["resumed"], results["one"]["second"])
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero1_cpu", "zero2_cpu", "zero3_cpu"])
+def test_shipped_json_is_accepted_and_completed(name):
+    file = json.loads((ROOT / "configs" / "deepspeed" / f"{name}.json").read_text())
+    settings = deepspeed_settings(file, bf16=True, max_grad_norm=1.0, reduce_dtype="fp32")
+    assert (
+        settings["gradient_accumulation_steps"] == settings["train_micro_batch_size_per_gpu"] == 1
+    )
+    assert settings["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    assert settings["communication_data_type"] == "fp32"
+    assert "auto" not in json.dumps(settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimizer": {}}, "optimizer: remove it"),
+        ({"scheduler": {}}, "decides with schedule"),
+        ({"gradient_clipping": 1.0}, "decides with optim.max_grad_norm"),
+        ({"train_batch_size": 8}, "decides with step.global_batch_size"),
+        ({"fp16": {"enabled": True}}, "fp16: refused"),
+        ({"bf16": {"enabled": True}}, "decides with precision"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {}}}, "offload is refused"),
+        ({"zero_optimization": {"stage": 0}}, "stage=0 is not one of"),
+        (
+            {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
+            "another optimizer class",
+        ),
+    ],
+)
+def test_json_that_decides_too_much_is_refused(change, message):
+    file = json.loads((ROOT / "configs" / "deepspeed" / "zero2.json").read_text())
+    with pytest.raises(ConfigError, match=message):
+        deepspeed_settings({**file, **change}, bf16=True, max_grad_norm=1.0, reduce_dtype="bf16")

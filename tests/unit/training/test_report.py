@@ -1,0 +1,87 @@
+"""Trackers, log files and the page."""
+
+import json
+
+from spatialvlm.training.report import svg_lines, write_report
+from spatialvlm.training.status import status_of
+from spatialvlm.training.trackers import JsonLines, Trackers, read_metrics
+
+
+def test_replayed_steps_win_and_a_torn_line_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = JsonLines(path, attempt=1)
+    for step in range(3):
+        first.log(step, {"loss": 1.0 + step, "bad": float("nan")})
+    first.close()
+    with path.open("a") as file:
+        file.write('{"step": 3, "lo\n')
+    second = JsonLines(path, attempt=2)
+    second.log(2, {"loss": 7.0})
+    second.close()
+    found = read_metrics(path)
+    assert [(r["step"], r["loss"], r["attempt"]) for r in found] == [
+        (0, 1.0, 1),
+        (1, 2.0, 1),
+        (2, 7.0, 2),
+    ]
+    assert found[0]["bad"] is None
+
+
+def test_a_failing_tracker_is_dropped_once(capsys):
+    class Broken:
+        calls = 0
+
+        def log(self, step, scalars):
+            self.calls += 1
+            raise RuntimeError("offline")
+
+        def close(self):
+            raise AssertionError("a dropped tracker is not used again")
+
+    broken = Broken()
+    trackers = Trackers([broken])
+    trackers.log(0, {})
+    trackers.log(1, {})
+    trackers.close()
+    assert broken.calls == 1
+    assert "Broken failed and is dropped: offline" in capsys.readouterr().err
+
+
+def test_report_is_one_escaped_file(tmp_path):
+    (tmp_path / "run.json").write_text(
+        json.dumps({"state": "finished", "note": "<script>alert(1)</script>"})
+    )
+    (tmp_path / "config.resolved.yaml").write_text("stage: 1 # <b>")
+    lines = JsonLines(tmp_path / "metrics.jsonl", attempt=1)
+    for step in range(3000):
+        lines.log(step, {"loss": 3.0 / (step + 1), "lr/projector": 1e-3, "loss/source/<x>": 1.0})
+    lines.close()
+    (tmp_path / "spikes.jsonl").write_text('{"step": 7}\n')
+    page = write_report(tmp_path, configured_shares={"spatial": 0.5}).read_text()
+    assert "<script>" not in page
+    assert "<b>" not in page
+    assert "loss/source/&lt;x&gt;" in page
+    assert "http" not in page
+    assert "spike 7" in page
+    assert len(page) < 200_000
+
+
+def test_chart_survives_constant_single_and_infinite_values():
+    assert svg_lines({"a": []}) == ""
+    assert "circle" in svg_lines({"a": [(0.0, 1.0)]})
+    assert "nan" not in svg_lines({"a": [(0.0, 1.0), (1.0, float("inf")), (2.0, 1.0)]})
+
+
+def test_status_codes(tmp_path):
+    assert status_of(tmp_path)[0] == 2
+    for state, code in (
+        ("finished", 0),
+        ("preempted", 75),
+        ("running", 75),
+        ("failed", 1),
+        ("odd", 2),
+    ):
+        (tmp_path / "run.json").write_text(json.dumps({"state": state, "step": 3}))
+        assert status_of(tmp_path)[0] == code
+    (tmp_path / "run.json").write_text("{")
+    assert status_of(tmp_path)[0] == 2
