@@ -37,10 +37,10 @@ NUMERICS_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Named tensors on disk.
+    """Named tensors, read on demand.
 
     Attributes:
-        files: Files they come from.
+        files: Files they come from; none for tensors in memory.
         shapes: Name -> shape of everything in the files.
         read: Reads one tensor on the CPU, in the dtype of the file.
     """
@@ -154,14 +154,14 @@ _hashes: dict[tuple[Any, ...], str] = {}
 
 
 def _weights_hash(weights: Weights, names: list[str], prefix: str) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes; once per state of the files."""
+    """SHA-256 over names, dtypes, shapes and bytes; once per state of the files, if there are any."""
     stats = [(str(file.resolve()), file.stat()) for file in weights.files]
     key = (
         tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats),
         tuple(names),
         prefix,
     )
-    if key not in _hashes:
+    if key not in _hashes or not weights.files:
         digest = hashlib.sha256()
         for name in names:
             tensor = weights.read(prefix + name).contiguous()
