@@ -10,7 +10,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5
 GREY = "#8A8F98"
 
 WIDTH, HEIGHT = 420, 240
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 34
+LEFT, RIGHT, TOP, BOTTOM = 62, 10, 10, 34
 
 
 @dataclass(frozen=True, slots=True)

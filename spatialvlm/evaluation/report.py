@@ -236,7 +236,7 @@ def headline_cards(runs: Sequence[BenchRun]) -> str:
     for run in runs:
         h = run.result["headline"]
         se = f"± {number(h['se'])}" if h["se"] is not None else ""
-        blind = " · blind" if run.blind else ""
+        blind = " · without media" if run.blind else ""
         cards.append(
             f'<div class="card big"><span class="note"><span class="swatch" style="background:{run.color}"></span>'
             f"{esc(run.label)}{blind}</span><b>{number(h['value'])} <small class='note'>{se}</small></b>"
@@ -290,18 +290,16 @@ def _letters(runs: Sequence[BenchRun]) -> str:
         cards.append((run, said, total))
     if not gold:
         return ""
-    all_gold = sum(gold.values())
-    body = ""
+    head = "".join(f"<th>{esc(run.label)}</th>" for run, _, _ in cards)
+    lines = [f"<tr><th>letter</th><th>gold</th>{head}</tr>"]
     for letter in sorted(set(gold) | {x for _, said, _ in cards for x in said}):
-        bars = [Bar("gold", 100 * gold[letter] / all_gold, None, "#1d2430")]
-        bars += [
-            Bar(run.label, 100 * said[letter] / total, None, run.color)
-            for run, said, total in cards
-        ]
-        body += charts.bar_rows(letter, bars)
-    return (
-        f"<figure><figcaption>Letters: gold and predicted, share in %</figcaption>{body}</figure>"
-    )
+        cells = "".join(
+            f"<td>{number(100 * said[letter] / total)}</td>" for _, said, total in cards
+        )
+        share = number(100 * gold[letter] / sum(gold.values()))
+        lines.append(f"<tr><td>{esc(letter)}</td><td>{share}</td>{cells}</tr>")
+    table = f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+    return f"<figure><figcaption>Letters: share of gold and predicted answers in %</figcaption>{table}</figure>"
 
 
 def _numbers(runs: Sequence[BenchRun], benchmark: Benchmark | None) -> str:
@@ -378,7 +376,7 @@ def training_curves(folders: Sequence[str | Path]) -> str:
         return ""
 
     def collect(prefix: str, *, exact: bool = False) -> list[Series]:
-        series = []
+        series: list[Series] = []
         for run, (label, steps) in enumerate(runs):
             keys = sorted(
                 {k for s in steps for k in s if (k == prefix if exact else k.startswith(prefix))}
@@ -449,6 +447,14 @@ def _verdict(row: ItemRow) -> str:
     return f'<span class="no">{"wrong" if row.score == 0 else number(row.score, 1)}</span>'
 
 
+def _gold_text(gold: str) -> str:
+    """The part of a structured gold value that a reader wants to see."""
+    if gold.startswith("{"):
+        value = json.loads(gold)
+        return json.dumps(value.get("cell") or value.get("box") or value)
+    return {"true": "yes", "false": "no"}.get(gold, gold)
+
+
 def sample_cards(runs: Sequence[BenchRun], benchmark: Benchmark, count: int, side: int) -> str:
     """Questions with pictures and every run's answer; failures of the last sighted run first."""
     main = next((run for run in reversed(runs) if not run.blind), runs[-1])
@@ -469,20 +475,21 @@ def sample_cards(runs: Sequence[BenchRun], benchmark: Benchmark, count: int, sid
                 said = texts[run.label].get(key, row.extracted)
                 answers += (
                     f'<tr><td><span class="swatch" style="background:{run.color}"></span>{esc(run.label)}</td>'
-                    f"<td>{esc(said[:400]) or '<i>empty</i>'}</td><td>{_verdict(row)}</td></tr>"
+                    f"<td>{esc(said[:400]) or '<i>empty</i>'}</td><td class='verdict'>{_verdict(row)}</td></tr>"
                 )
         try:
             prompt = prompt_text(item, benchmark.spec, main.result["protocol"])
             media = item_media(item.row, benchmark.spec)
         except DataError as error:
             prompt, media = f"[{error}]", ()
+        marks = benchmark.spec.marks(item.row) if benchmark.spec.marks else []
         prompt = prompt.replace("<image>", "").replace("<video>", "").strip()
         cards.append(
             f'<article class="sample {state}"><div class="head"><span>{esc(picked.question_type)}</span>'
             f"<span>{esc(picked.cluster)}</span></div>"
-            f"{tiles(media, benchmark.media_root, side=side)}"
+            f"{tiles(media, benchmark.media_root, side=side, marks=marks)}"
             f"<pre>{esc(prompt[:1500])}</pre>"
-            f'<table class="answers"><tr><td>gold</td><td>{esc(picked.gold)}</td><td></td></tr>{answers}</table>'
+            f'<table class="answers"><tr><td>gold</td><td>{esc(_gold_text(picked.gold))}</td><td class='verdict'></td></tr>{answers}</table>'
             "</article>"
         )
     return f'<div class="samples">{"".join(cards)}</div>'
@@ -540,6 +547,8 @@ def build_page(
                 f"<h2>Beside published numbers</h2>{overall_bars(runs, known, partial=partial)}"
             )
         body.append(f"<h2>Tasks</h2>{task_bars(runs, [] if partial else known)}")
+        if name == next(iter(benchmarks)):
+            body.append(training_curves(training))
         if benchmark and samples:
             body.append("<h2>Sample answers, failures first</h2>")
             body.append(sample_cards(runs, benchmark, samples, side))
@@ -548,7 +557,6 @@ def build_page(
                 '<p class="note">No samples: the benchmark file named in the manifest is not here.</p>'
             )
         body.append(f"<h2>Diagnostics</h2>{diagnostics(runs, benchmark)}")
-    body.append(training_curves(training))
     style = files("spatialvlm.evaluation").joinpath("report.css").read_text(encoding="utf-8")
     first = next(iter(benchmarks))
     heading = title or (f"Evaluation: {', '.join(benchmarks)}")

@@ -43,7 +43,7 @@ class BenchRun:
     @property
     def blind(self) -> bool:
         """Whether the model saw no real media."""
-        return self.manifest.get("media", "real") != "real"
+        return str(self.manifest.get("media", "real")) != "real"
 
     def items(self) -> list[ItemRow]:
         """Per-item scores."""
