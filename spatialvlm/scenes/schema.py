@@ -114,6 +114,11 @@ class Vis(Record):
     mask_rle: dict[str, Any] | None = None
     """COCO uncompressed run lengths."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bbox2d", tuple(self.bbox2d))
+        if self.centroid_px is not None:
+            object.__setattr__(self, "centroid_px", tuple(self.centroid_px))
+
     @property
     def clean(self) -> bool:
         """Whether questions may name this object in this frame."""

@@ -311,7 +311,7 @@ def _add_opening(builder: MeshBuilder, wall: Wall, opening: Opening) -> None:
             _add_strip(builder, wall, a + 0.15, b - 0.15, (low, high), 0.03, panel)
         _add_strip(builder, wall, a + 0.06, a + 0.16, (0.98, 1.02), 0.07, Surface((0.5, 0.5, 0.5)))
         return
-    sky = Surface((0.62, 0.80, 1.0), emission=1.1)
+    sky = Surface((0.42, 0.66, 0.95), emission=0.35)
     middle, half = (opening.z0 + opening.z1) / 2, (a + b) / 2
     for x0, x1 in ((a, half - 0.025), (half + 0.025, b)):
         for z0, z1 in ((opening.z0 + 0.06, middle - 0.02), (middle + 0.02, opening.z1)):

@@ -18,6 +18,8 @@ MAX_TURN_DEG = 45.0
 MAX_STEP_M = 0.75
 NUM_CANDIDATES = 8
 MIN_WALKABLE_M2 = 3.0
+WALK_MARGIN_M = 0.33
+"""Of cell centres to furniture and walls; the line between cells then keeps 0.25 m."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ SMALL = View((72.0, 85.0), (1.45, 1.7), (-24.0, -12.0), nearest_m=1.3, again=0.9
 
 def walkable_component(shell: Shell, placed: list[Placed]) -> Bool[np.ndarray, "X Y"] | None:
     """Largest connected walkable region; ``None`` when it is too small or the room falls apart."""
-    free = walkable(shell, placed)
+    free = walkable(shell, placed, margin=WALK_MARGIN_M)
     labels, count = ndimage.label(free)
     if count == 0:
         return None
