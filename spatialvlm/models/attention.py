@@ -174,27 +174,20 @@ def tree_sdpa(
     if tree is None:
         return _without_tree(module, query, key, value, attention_mask, scaling)
     _enter(module, query, tree, dropout)
-    key, value = _repeat_heads(module, key, value)
+    # Splits, not slices: the backward pass of a slice writes zeros over the whole pack, once per segment.
+    queries, keys, values = (
+        torch.split(x, tree.length, dim=2) for x in (query, *_repeat_heads(module, key, value))
+    )
     outputs = []
-    for index, (start, length) in enumerate(zip(tree.start, tree.length, strict=True)):
-        segment = query[:, :, start : start + length]
-        ranges = tree.keys_of(index)
-        if len(ranges) == 1:
-            keys, values = (x[:, :, start : start + length] for x in (key, value))
-            outputs.append(
-                scaled_dot_product_attention(segment, keys, values, is_causal=True, scale=scaling)
-            )
+    for own, up in enumerate(tree.parent):
+        q, k, v = queries[own], keys[own], values[own]
+        if up < 0:
+            outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
             continue
-        keys, values = (
-            torch.cat([x[:, :, begin:end] for begin, end in ranges], dim=2) for x in (key, value)
-        )
-        prefix = keys.shape[2] - length
-        mask = torch.ones(length, prefix + length, dtype=torch.bool, device=query.device).tril(
-            prefix
-        )
-        outputs.append(
-            scaled_dot_product_attention(segment, keys, values, attn_mask=mask, scale=scaling)
-        )
+        k, v = torch.cat([keys[up], k], dim=2), torch.cat([values[up], v], dim=2)
+        shape, prefix = (tree.length[own], k.shape[2]), tree.length[up]
+        mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(prefix)
+        outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
