@@ -18,6 +18,7 @@ from spatialvlm.scenes.cameras import MIN_GROUND_PROJECTION, Camera
 from spatialvlm.scenes.io import load_depth
 from spatialvlm.scenes.schema import Object, Scene, Vis
 from spatialvlm.scenes.transforms import Array, geodesic_deg, wrap_deg
+from spatialvlm.synthesis.covisibility import covisibility
 from spatialvlm.synthesis.rows import Margin, Reason, Reject
 
 MAX_ROLL_DEG = 20.0
@@ -391,7 +392,11 @@ class SceneContext:
     @cached_property
     def covisibility(self) -> Array | None:
         """``[F, F]`` overlap of the seen surface, ``None`` for scenes without depth."""
-        return None
+        frames = self.scene.frames
+        if not frames or any(frame.depth is None for frame in frames):
+            return None
+        cameras = [frame.camera for frame in frames]
+        return covisibility(cameras, lambda index: load_depth(self.scene, frames[index]))
 
     @cached_property
     def area_m2(self) -> float | None:

@@ -161,6 +161,7 @@ class Writer:
         Raises:
             Reject: ``distractors``: the number is too coarse for that.
         """
+        value = round_half_up(value, places)
         below = self.draws.integer(count)
         low, high = OPTION_RATIO
         wrong: list[float] = []

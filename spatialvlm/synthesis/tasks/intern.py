@@ -83,7 +83,8 @@ class IsCount(Task):
             several = sum(len(ctx.not_hidden(view, label)) > 1 for label in often)
             # Repeated labels first, then a few single ones, so that "1" does not drown the others.
             singles = [often[several + i] for i in shuffled(rng, often[several:])]
-            for label in [*often[:several], *singles[: max(1, several)]]:
+            share = several if several else int(rng.random() < 0.2)
+            for label in [*often[:several], *singles[:share]]:
                 yield {"variant": "", "frames": [view.frame_id], "label": label}
             absent = sorted(set(ctx.by_label) - set(seen))
             if absent and rng.random() < 0.05:

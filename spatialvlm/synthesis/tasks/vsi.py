@@ -7,7 +7,7 @@ not shown is never asked.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from itertools import combinations, islice, pairwise
 
 from numpy.random import Generator
 
@@ -21,6 +21,8 @@ from spatialvlm.synthesis.writer import Writer
 
 NUM_FRAMES = 32
 APPEARANCE_GAP_S = 1.0
+MAX_CHAINS = 3000
+"""Label combinations looked at per scene."""
 
 
 class VideoTask(Task):
@@ -118,6 +120,17 @@ class VsiCount(VideoTask):
         )
 
 
+def first_seen(ctx: SceneContext, label: str, frames: list[int]) -> tuple[float, float] | None:
+    """First appearance of the earliest instance of a label, ``None`` if an instance never appears."""
+    known = []
+    for obj in ctx.by_label[label]:
+        moment = ctx.appearance(obj, frames)
+        if moment is None:
+            return None
+        known.append(moment)
+    return min(moment[0] for moment in known), min(moment[1] for moment in known)
+
+
 class VsiOrder(VideoTask):
     """In which order four labels first appear in the video."""
 
@@ -130,30 +143,36 @@ class VsiOrder(VideoTask):
     variants = ("4", "3", "2")
 
     def propose(self, ctx: SceneContext, rng: Generator) -> Iterator[Args]:
-        """Objects whose first appearance is clear, in random order of mention."""
+        """Labels that appear one clearly after the other, four where possible; mentioned in any order."""
         frames = ctx.video_frames(NUM_FRAMES)
-        first = {}
-        for label, same in ctx.by_label.items():
-            if all(ctx.appearance(obj, frames) is not None for obj in same):
-                first[label] = same[0]
-        pool = sorted(first.values())
-        size = min(4, len(pool))
-        if size < 2:
-            raise Reject(Reason.TOO_FEW_OBJECTS, f"{size} labels appear")
-        for chosen in tuples(rng, pool, size):
-            labels = [ctx.labels[obj] for obj in chosen]
-            yield {"variant": str(size), "frames": self.clip(ctx), "labels": labels}
+        moments = {label: first_seen(ctx, label, frames) for label in sorted(ctx.by_label)}
+        known = {label: moment for label, moment in moments.items() if moment is not None}
+        ranked = sorted(known, key=lambda label: known[label])
+        found = False
+        for size in (4, 3, 2):
+            chains = [
+                chain
+                for chain in islice(combinations(ranked, size), MAX_CHAINS)
+                if all(
+                    known[b][0] - known[a][1] > APPEARANCE_GAP_S - 1e-3 for a, b in pairwise(chain)
+                )
+            ]
+            found = found or bool(chains)
+            for index in rng.permutation(len(chains)).tolist():
+                labels = [chains[index][i] for i in rng.permutation(size).tolist()]
+                yield {"variant": str(size), "frames": self.clip(ctx), "labels": labels}
+        if not found:
+            raise Reject(Reason.MARGIN, "no two labels appear one clearly after the other")
 
     def derive(self, ctx: SceneContext, args: Args) -> Derived:
         """Labels in order of the first appearance of their earliest instance."""
         frames = self.frames(ctx, args)
         moments: dict[str, tuple[float, float]] = {}
         for label in args["labels"]:
-            seen = [ctx.appearance(obj, frames) for obj in ctx.by_label[label]]
-            known = [moment for moment in seen if moment is not None]
-            if len(known) < len(seen) or not known:
+            moment = first_seen(ctx, label, frames)
+            if moment is None:
                 raise Reject(Reason.NOT_VISIBLE, label)
-            moments[label] = (min(m[0] for m in known), min(m[1] for m in known))
+            moments[label] = moment
         order = sorted(moments, key=lambda label: moments[label])
         margins = [
             require("time_s", moments[after][0] - moments[before][1], APPEARANCE_GAP_S - 1e-3)
