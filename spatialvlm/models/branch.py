@@ -14,6 +14,7 @@ from torch import Tensor
 from spatialvlm.errors import AlignmentError, ConfigError
 from spatialvlm.models.backbones import Backbone
 from spatialvlm.models.geometry.base import GeometryEncoder, GeometryFeatures
+from spatialvlm.models.geometry.cache import CachedEncoder
 from spatialvlm.models.geometry.fusion import GeometryFusion
 from spatialvlm.sequence.pixels import split_frames
 from spatialvlm.typing import Batch
@@ -124,7 +125,17 @@ def load_encoder(
         raise ConfigError(
             f"geometry.encoder={settings['encoder']!r} is not one of: {', '.join(ENCODERS)}, none"
         )
-    return builder(settings, device, dtype)
+    encoder = builder(settings, device, dtype)
+    cache = settings["cache"]
+    if cache["dir"] is None:
+        return encoder
+    return CachedEncoder(
+        encoder,
+        cache["dir"],
+        dtype=cache["dtype"],
+        verify_every=cache["verify_every"],
+        max_gb=cache["max_gb"],
+    )
 
 
 def _vggt(settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> GeometryEncoder:
@@ -143,9 +154,26 @@ def _vggt(settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype)
     )
 
 
+def _dinov2(
+    settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+) -> GeometryEncoder:
+    from spatialvlm.models.geometry.dinov2 import load_dinov2
+
+    return load_dinov2(
+        settings["source"],
+        layers=settings["layers"],
+        precision=settings["precision"],
+        device=device,
+        revision=settings["revision"],
+        vit_chunk=settings["vit_chunk"],
+        output_dtype=dtype,
+    )
+
+
 # A new encoder is one file in models/geometry and one entry here.
 ENCODERS: dict[str, Callable[[Mapping[str, Any], torch.device, torch.dtype], GeometryEncoder]] = {
-    "vggt": _vggt
+    "vggt": _vggt,
+    "dinov2": _dinov2,
 }
 
 
@@ -178,7 +206,16 @@ def _meta_vggt(settings: Mapping[str, Any]) -> GeometryEncoder:
     return Vggt(build_meta(config, pairs), settings["layers"], settings["parts"])
 
 
-META_ENCODERS: dict[str, Callable[[Mapping[str, Any]], GeometryEncoder]] = {"vggt": _meta_vggt}
+def _meta_dinov2(settings: Mapping[str, Any]) -> GeometryEncoder:
+    from spatialvlm.models.geometry.dinov2 import meta_dinov2
+
+    return meta_dinov2(settings["source"], settings["layers"])
+
+
+META_ENCODERS: dict[str, Callable[[Mapping[str, Any]], GeometryEncoder]] = {
+    "vggt": _meta_vggt,
+    "dinov2": _meta_dinov2,
+}
 
 
 def build_fusion(

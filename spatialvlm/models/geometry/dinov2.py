@@ -167,3 +167,21 @@ def load_dinov2(
         tensors,
     )
     return encoder
+
+
+def meta_dinov2(source: str | Path, layers: Sequence[int]) -> Dinov2Encoder:
+    """The encoder without storage: sizes of a local folder if there is one, else of DINOv2-L/14."""
+    from transformers import AutoConfig, AutoModel, Dinov2Config
+
+    if Path(source).is_dir():
+        config = AutoConfig.from_pretrained(source)
+    else:
+        config = Dinov2Config(
+            hidden_size=1024,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=518,
+            patch_size=14,
+        )
+    with torch.device("meta"):
+        return Dinov2Encoder(AutoModel.from_config(config), layers)

@@ -17,7 +17,7 @@ from transformers import (
 from spatialvlm.errors import CheckpointError, ConfigError, GeometryError
 from spatialvlm.models.geometry.base import assert_frozen
 from spatialvlm.models.geometry.cache import CachedEncoder
-from spatialvlm.models.geometry.dinov2 import load_dinov2
+from spatialvlm.models.geometry.dinov2 import load_dinov2, meta_dinov2
 from spatialvlm.models.geometry.vggt import normalise
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 56}
@@ -113,6 +113,14 @@ def test_fingerprints(folders):
     prints.add(load_dinov2(folders["dinov2"], precision="fp32").fingerprint)
     assert len(prints) == 4
     assert load_dinov2(folders["dinov2"]).fingerprint in prints
+
+
+def test_meta_build_has_the_sizes_without_storage(folders):
+    small = meta_dinov2(folders["registers"], (0,))
+    assert (small.feature_dim, small.num_special, len(small.blocks)) == (32, 5, 1)
+    large = meta_dinov2("facebook/dinov2-large", (22,))
+    assert (large.feature_dim, large.patch_size, large.num_layers) == (1024, 14, 24)
+    assert all(p.is_meta for p in (*small.parameters(), *large.parameters()))
 
 
 def test_bad_sources(folders, tmp_path):
