@@ -106,6 +106,7 @@ class Asker:
             if config.model.geometry_source:
                 changes["source"] = config.model.geometry_source
             geometry = geometry.model_copy(update=changes)
+        self.geometry_flag = geometry.default_flag if geometry is not None else "auto"
         self.layout = build_layout(self.folder, geometry)
         self.template = ChatTemplate.from_checkpoint(self.folder)
         self.policy = MediaPolicy.from_processor(load_processor(self.folder)).with_budget(
@@ -195,6 +196,7 @@ class Asker:
             root=benchmark.media_root,
             frames=section.frames,
             frame_policy=section.frame_policy,
+            geometry=self.geometry_flag,
             draw_marks=draw_marks,
             scratch=folder / "blank",
         )

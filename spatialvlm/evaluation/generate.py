@@ -249,10 +249,11 @@ class Progress:
     """Items, items/s, new tokens/s and ETA: a bar on a terminal, a line every 30 s elsewhere."""
 
     def __init__(
-        self, name: str, total: int, folder: Path, *, quiet: bool, stream: TextIO = sys.stderr
+        self, name: str, total: int, folder: Path, *, quiet: bool, stream: TextIO | None = None
     ):
         from tqdm import tqdm
 
+        stream = stream or sys.stderr
         self.name, self.total, self.folder, self.stream = name, total, folder, stream
         self.quiet = quiet
         self.start = self.last = time.monotonic()

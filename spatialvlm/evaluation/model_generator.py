@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from spatialvlm.data.formats.base import Place as RowPlace
 from spatialvlm.data.formats.rows import parse_marks
@@ -41,6 +41,7 @@ class PackGenerator:
         root: Folder of the media.
         frames: Frames of a video that is one file.
         frame_policy: How they are chosen, see :func:`~spatialvlm.evaluation.prompts.frame_indices`.
+        geometry: Which media go through the geometry encoder, as in training's sources.
         draw_marks: Hook for rows with marks.
         scratch: Folder for grey pictures of ``media=blank``.
     """
@@ -55,6 +56,7 @@ class PackGenerator:
         root: Path,
         frames: int = 32,
         frame_policy: str = "linspace",
+        geometry: Literal["auto", "on", "off"] = "auto",
         draw_marks: DrawMarks | None = None,
         scratch: Path | None = None,
     ) -> None:
@@ -62,7 +64,7 @@ class PackGenerator:
         self.policy = replace(policy, frames="uniform", num_frames=frames)
         self.root, self.scratch = root, scratch
         self.frames, self.frame_policy = frames, frame_policy
-        self.draw_marks = draw_marks
+        self.geometry, self.draw_marks = geometry, draw_marks
         self._cells: dict[str, bytes] = {}
         # Paths were checked against the media root when the messages were built.
         self.store = MediaStore(
@@ -122,6 +124,7 @@ class PackGenerator:
             turns=tuple(turns),
             media=tuple(media),
             same_scene=same_scene and bool(media) and images,
+            geometry=self.geometry if media else "auto",
             frames_pinned=True,
             marks=parse_marks(marks, RowPlace("evaluation", uid)) if marks else (),
             meta={"frame_times_s": tuple(times)} if times else {},

@@ -489,7 +489,7 @@ def sample_cards(runs: Sequence[BenchRun], benchmark: Benchmark, count: int, sid
             f"<span>{esc(picked.cluster)}</span></div>"
             f"{tiles(media, benchmark.media_root, side=side, marks=marks)}"
             f"<pre>{esc(prompt[:1500])}</pre>"
-            f'<table class="answers"><tr><td>gold</td><td>{esc(_gold_text(picked.gold))}</td><td class='verdict'></td></tr>{answers}</table>'
+            f'<table class="answers"><tr><td>gold</td><td>{esc(_gold_text(picked.gold))}</td><td class="verdict"></td></tr>{answers}</table>'
             "</article>"
         )
     return f'<div class="samples">{"".join(cards)}</div>'
