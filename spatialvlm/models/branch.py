@@ -107,15 +107,14 @@ def group_frames(batch: Batch) -> list[Tensor]:
     return [group.movedim(-1, 1) for group in frames]
 
 
-def load_encoder(
-    settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype
-) -> GeometryEncoder:
-    """The frozen encoder of a geometry section, on its device.
+def load_encoder(settings: Mapping[str, Any], device: torch.device) -> GeometryEncoder:
+    """The frozen encoder of a geometry section, on its device, behind the feature cache if there is one.
+
+    Features have the dtype of ``precision``; the first norm of the fusion computes in float32 anyway.
 
     Args:
         settings: The geometry section as plain values.
         device: Where it runs.
-        dtype: Dtype of its features.
 
     Raises:
         ConfigError: An unknown encoder.
@@ -125,6 +124,7 @@ def load_encoder(
         raise ConfigError(
             f"geometry.encoder={settings['encoder']!r} is not one of: {', '.join(ENCODERS)}, none"
         )
+    dtype = torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
     encoder = builder(settings, device, dtype)
     cache = settings["cache"]
     if cache["dir"] is None:

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from spatialvlm.config.geometry import GeometryConfig
+from spatialvlm.config.training import LoraConfig
 from spatialvlm.models.backbones import adapter_of, require_config
 from spatialvlm.models.branch import GeometryBranch, build_fusion, meta_encoder
 from spatialvlm.models.cost import cost_coefficients
 from spatialvlm.models.directory import find_folder, placeholder_id
+from spatialvlm.models.lora import add_adapters
 from spatialvlm.models.spatial_vlm import SpatialVLM
 from spatialvlm.sequence.layout import TokenLayout
 from spatialvlm.sequence.sizes import SizePolicy
@@ -91,6 +93,7 @@ def build_model(
     geometry: GeometryConfig | None = None,
     *,
     attention: str = "auto",
+    lora: LoraConfig | None = None,
     head_rows: int = 1024,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -102,12 +105,13 @@ def build_model(
         checkpoint: Model directory or hub id.
         geometry: The geometry section; ``None`` or encoder ``none`` = 2D.
         attention: ``packing.attention``.
+        lora: The adapter section; ``None`` = no adapters.
         head_rows: ``memory.head_rows``.
         dtype: Of the weights.
         device: Where the model runs.
         revision: Hub revision.
     """
-    return SpatialVLM.from_pretrained(
+    model = SpatialVLM.from_pretrained(
         checkpoint,
         attention=attention,
         geometry=geometry_settings(geometry),
@@ -116,14 +120,26 @@ def build_model(
         device=device,
         head_rows=head_rows,
     )
+    _adapt(model, lora)
+    return model
 
 
-def build_meta_model(config_file: str | Path, geometry: GeometryConfig | None = None) -> SpatialVLM:
+def _adapt(model: SpatialVLM, lora: LoraConfig | None) -> None:
+    if lora is not None:
+        add_adapters(
+            model, lora.parts, rank=lora.r, alpha=lora.alpha, dropout=lora.dropout, dora=lora.dora
+        )
+
+
+def build_meta_model(
+    config_file: str | Path, geometry: GeometryConfig | None = None, lora: LoraConfig | None = None
+) -> SpatialVLM:
     """A model without storage, for counting parameters and FLOPs.
 
     Args:
         config_file: A backbone's ``config.json`` (``configs/backbones/<name>.json``).
         geometry: The geometry section. An encoder that is no local file counts with the released sizes.
+        lora: The adapter section.
 
     Raises:
         ConfigError: An unsupported model type.
@@ -138,11 +154,15 @@ def build_meta_model(config_file: str | Path, geometry: GeometryConfig | None = 
     adapter = adapter_class(backbone, adapter_class.pixel_spec(config, {}))
     adapter.refuse_unsupported()
     settings = geometry_settings(geometry)
-    if settings is None:
-        return SpatialVLM(adapter)
-    encoder = meta_encoder(settings)
-    fusion = build_fusion(adapter, settings, feature_dim=encoder.feature_dim)
-    return SpatialVLM(adapter, fusion=fusion, geometry=GeometryBranch(encoder, settings, None))
+    fusion = branch = None
+    if settings is not None:
+        encoder = meta_encoder(settings)
+        fusion = build_fusion(adapter, settings, feature_dim=encoder.feature_dim)
+        branch = GeometryBranch(encoder, settings, None)
+    model = SpatialVLM(adapter, fusion=fusion, geometry=branch)
+    with torch.device("meta"):
+        _adapt(model, lora)
+    return model
 
 
 __all__ = [

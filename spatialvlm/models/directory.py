@@ -30,6 +30,7 @@ from spatialvlm.models.backbones import (
 from spatialvlm.models.backbones.base import read_json
 from spatialvlm.models.branch import GeometryBranch, build_fusion, load_encoder
 from spatialvlm.models.geometry.loader import check_fingerprint
+from spatialvlm.models.lora import has_adapters, merge_state
 from spatialvlm.models.spatial_vlm import SpatialVLM
 
 FORMAT = 1
@@ -133,7 +134,7 @@ def load(
     settings = saved["geometry"] if saved and geometry == "saved" else geometry
     if not isinstance(settings, Mapping) or settings["encoder"] == "none":
         return SpatialVLM(adapter, head_rows=head_rows, source=folder)
-    encoder = load_encoder(settings, device, dtype)
+    encoder = load_encoder(settings, device)
     fusion = build_fusion(adapter, settings, feature_dim=encoder.feature_dim)
     if saved is not None:
         _check_structure(saved["geometry"], settings, folder)
@@ -203,6 +204,8 @@ def save(
     folder = Path(target)
     folder.mkdir(parents=True, exist_ok=True)
     state = dict(model.state_dict() if state_dict is None else state_dict)
+    if has_adapters(model):
+        state = merge_state(model, state)
     if dtype is not None:
         state = {name: tensor.to(dtype) for name, tensor in state.items()}
     backbone = {

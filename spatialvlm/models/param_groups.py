@@ -6,11 +6,10 @@ themselves, and a shared tensor (tied head) counts once, in ``embeddings``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import nn
 
 from spatialvlm.errors import ConfigError
+from spatialvlm.models.lora import adapter_tensors
 from spatialvlm.models.spatial_vlm import SpatialVLM
 
 PARTS = ("language_model", "vision_encoder", "projector", "geometry_fusion", "embeddings", "lora")
@@ -36,7 +35,7 @@ def split_parts(model: SpatialVLM) -> dict[str, list[tuple[str, nn.Parameter]]]:
     ):  # deeper modules overwrite
         owner.update({id(parameter): part for parameter in module.parameters()})
     owner.update({id(parameter): "embeddings" for parameter in embedding_parameters(model)})
-    owner.update({id(parameter): "lora" for parameter in adapter_parameters(model)})
+    owner.update({id(parameter): "lora" for parameter in adapter_tensors(model).values()})
 
     parts: dict[str, list[tuple[str, nn.Parameter]]] = {part: [] for part in PARTS}
     for name, parameter in model.named_parameters():
@@ -53,15 +52,6 @@ def embedding_parameters(model: SpatialVLM) -> list[nn.Parameter]:
     return [
         parameter for module in model.parts()["embeddings"] for parameter in module.parameters()
     ]
-
-
-def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters that peft added: low-rank factors and magnitude vectors."""
-    for module in model.modules():
-        for attribute in getattr(module, "adapter_layer_names", ()):
-            layers = getattr(module, attribute, None)
-            if isinstance(layers, nn.Module):
-                yield from layers.parameters()
 
 
 def freeze_modules(model: nn.Module) -> None:

@@ -114,6 +114,8 @@ class SpatialVLM(nn.Module):
     ) -> Path:
         """Write a directory that ``transformers`` loads as the 2D model and :meth:`from_pretrained` as this one.
 
+        Adapters are merged; :func:`~spatialvlm.models.lora.save_adapters` writes them alone.
+
         Args:
             folder: Created if needed.
             state_dict: Complete weights in this model's names, when an engine has sharded them.
