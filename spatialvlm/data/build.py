@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spatialvlm.data.encode import OverlongPolicy
+from spatialvlm.data.faults import Quarantine
 from spatialvlm.data.formats import SourceAttrs
 from spatialvlm.data.index import SceneCheck, SourceIndex, build_index
 from spatialvlm.data.lengths import LengthTable
@@ -87,6 +88,13 @@ def build_data(
             if not lengths.complete(number):
                 report(f"measuring {len(index)} rows of {index.source.name}")
             lengths.measure_all(number)
+            section = config.data.sources[number]
+            own = section.max_bad_fraction
+            lengths.check(
+                number,
+                max_bad=config.data.max_bad_fraction if own is None else own,
+                max_overlong=config.data.max_rejected_fraction,
+            )
     mixture = build_mixture(config, encoder.indices, lengths, mode)
     return StepLoader(
         mixture,
@@ -102,6 +110,7 @@ def build_data(
         prefetch_steps=config.loader.prefetch_steps,
         prefetch_mb=config.loader.prefetch_mb,
         timeout_s=config.loader.timeout_s,
+        quarantine=build_quarantine(config, encoder, world),
         state=state,
     )
 
@@ -227,6 +236,25 @@ def media_policy(
     )
 
 
+def build_quarantine(config: TrainConfig, encoder: SampleEncoder, world: World) -> Quarantine:
+    """Where broken samples of this rank are recorded, and how many a source may have."""
+    limits = {
+        section.name: section.max_bad_fraction
+        for section in config.data.sources
+        if section.max_bad_fraction is not None
+    }
+    for index in encoder.indices:
+        if index.source.format.exact:
+            limits.setdefault(index.source.name, 0.0)
+    return Quarantine(
+        Path(config.run.dir) / "quarantine.jsonl",
+        [index.source.name for index in encoder.indices],
+        limits=limits,
+        default_limit=config.data.max_bad_fraction,
+        rank=world.rank,
+    )
+
+
 def check_blocked(index: SourceIndex, data: DataConfig) -> None:
     """Apply ``data.decontamination`` to what indexing found.
 
@@ -280,8 +308,7 @@ def build_mixture(
         eligible = index.eligible(drop_blocked=drop) & lengths.usable(number)
         if not eligible.any():
             raise DataError(
-                f"source {section.name}: no row can be used; rejected at load time: {lengths.rejected(number)}; "
-                f"first: {next((text for (s, _), text in lengths.messages.items() if s == number), 'see the index')}"
+                f"source {section.name}: no row can be used; unusable: {lengths.rejected(number) or index.rejected()}"
             )
         rows.append(
             SourceRows(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ import numpy as np
 from spatialvlm.data.faults import LOAD_REASONS
 from spatialvlm.data.prepare import SampleEncoder
 from spatialvlm.data.sample import LENGTH_DTYPE
-from spatialvlm.errors import DataError
+from spatialvlm.errors import BudgetError, DataError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -94,6 +94,53 @@ class LengthTable:
         """Unusable rows per reason."""
         counts = Counter(self.reasons[source][self.reasons[source] > 0].tolist())
         return {LOAD_REASONS[code - 1]: n for code, n in sorted(counts.items())}
+
+    def check(self, source: int, *, max_bad: float, max_overlong: float) -> None:
+        """Judge what measuring all rows of a source found.
+
+        Args:
+            source: Its number.
+            max_bad: Tolerated share of rows whose media cannot be used, judged from 20 rows or 20 % on.
+            max_overlong: Tolerated share of rows that are too long.
+
+        Raises:
+            BudgetError: Too many; names reasons and first messages, or the lengths.
+        """
+        found, rows = self.rejected(source), int(self.encoder.indices[source].eligible().sum())
+        name = self.encoder.indices[source].source.name
+        overlong = found.pop("overlong", 0)
+        bad = sum(found.values())
+        if bad > max_bad * rows and (bad >= 20 or bad >= 0.2 * rows):
+            details = "; ".join(f"{reason} {count}" for reason, count in found.items())
+            raise BudgetError(
+                f"source {name}: {bad} of {rows} rows cannot be used: {details} (first: {self._first(source, found)}). "
+                f"Repair them, or raise max_bad_fraction {max_bad}"
+            )
+        if overlong > max_overlong * rows:
+            tokens = self.records[source]["tokens"]
+            kept = (
+                np.quantile(tokens[tokens > 0], [0.5, 0.95, 1.0]) if np.any(tokens) else [0, 0, 0]
+            )
+            raise BudgetError(
+                f"source {name}: {overlong} of {rows} rows are overlong (more than "
+                f"packing.max_length={self.encoder.overlong.max_length} tokens), the share allowed by "
+                f"max_rejected_fraction is {max_overlong}. Rows that fit have median {kept[0]:.0f}, 95 % {kept[1]:.0f}, "
+                f"largest {kept[2]:.0f}; first that does not: {self._first(source, ['overlong'])}"
+            )
+
+    def _first(self, source: int, reasons: Iterable[str]) -> str:
+        codes = {1 + LOAD_REASONS.index(reason) for reason in reasons}
+        rows = np.flatnonzero(np.isin(self.reasons[source], list(codes)))
+        return self.message(source, int(rows[0]))
+
+    def message(self, source: int, row: int) -> str:
+        """Why a row cannot be used."""
+        if (source, row) not in self.messages:  # known from the cache on disk
+            try:
+                self.encoder.measure(source, row)
+            except DataError as error:
+                self.messages[source, row] = str(error)
+        return self.messages.get((source, row), "usable now; delete the index folder")
 
     def _path(self, source: int) -> Path:
         encoder = self.encoder

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from spatialvlm.data.collate import LossWeighting, Prepared, collate, denominator
+from spatialvlm.data.faults import LOAD_REASONS, Quarantine, fits_plan, replacement
 from spatialvlm.data.lengths import LengthTable
 from spatialvlm.data.plan import PackingArgs, plan_step
 from spatialvlm.data.prefix import common_prefix
 from spatialvlm.data.prepare import SampleEncoder, check_length
-from spatialvlm.data.sample import PackPlan, Shares, StepPlan, World
+from spatialvlm.data.sample import LENGTH_DTYPE, Draw, PackPlan, Sample, Shares, StepPlan, World
 from spatialvlm.data.workers import Report, WorkerPool
 from spatialvlm.errors import DataError, StateError
 from spatialvlm.typing import Batch, CostCoefficients, ModalityFlags
@@ -24,6 +25,7 @@ from spatialvlm.typing import Batch, CostCoefficients, ModalityFlags
 if TYPE_CHECKING:
     from spatialvlm.data.mixture import Mixture
     from spatialvlm.data.sample import DrawArray, LengthArray
+    from spatialvlm.typing import IntArray
 
 STATE_VERSION = 1
 
@@ -54,42 +56,163 @@ class PackTask(NamedTuple):
     flags: ModalityFlags
 
 
+class Fault(NamedTuple):
+    """A sample that could not be loaded."""
+
+    sample: Sample
+    error: DataError
+    file: str
+    row: int
+    replaced_by: str | None
+
+
+class BuiltPack(NamedTuple):
+    """A batch and what happened while it was built."""
+
+    batch: Batch
+    label_tokens: tuple[int, ...]
+    """Per sample."""
+    faults: tuple[Fault, ...]
+
+
 @dataclass(frozen=True)
 class PackBuilder:
-    """Plans of packs -> batches; sent to every worker once."""
+    """Plans of packs -> batches; sent to every worker once.
+
+    A unit whose media cannot be loaded is replaced by the next unit of its lane that can, needs no more
+    tokens, and has the same kinds of media. That is a function of the data alone, so every rank and every
+    number of workers makes the same choice and the plan stays valid.
+    """
 
     encoder: SampleEncoder
+    mixture: Mixture
     loss_weighting: LossWeighting
     align: int
 
-    def __call__(self, task: PackTask, report: Report = lambda _: None) -> Batch:
+    def __call__(self, task: PackTask, report: Report = lambda _: None) -> BuiltPack:
         """Read, decode and collate one pack.
 
         Raises:
-            DataError: A sample cannot be read, or has another length than planned.
+            DataError: A sample has another length than planned, or its row cannot be read any more.
         """
         samples: list[Prepared] = []
-        first = {group[0] for group in task.pack.groups}
-        for index, draw in enumerate(task.pack.draws):
-            report(f"{self.encoder.indices[draw.source].uid(draw.row)} (position {draw.position})")
-            sample = self.encoder.prepare(draw, pixels=index in first)
-            check_length(sample.uid, task.tokens[index], sample.encoded)
-            samples.append(sample)
+        groups: list[tuple[int, ...]] = []
+        faults: list[Fault] = []
+        planned = dict(zip(task.pack.draws, task.tokens, strict=True))
         for group in task.pack.groups:
-            if len(group) > 1 and not common_prefix([samples[i].encoded for i in group]):
-                raise DataError(
-                    f"{samples[group[0]].uid} and {samples[group[1]].uid} were planned as one group but do not start "
-                    "alike; their rows or media changed. Rebuild the index"
-                )
-        return collate(
+            draws = [task.pack.draws[i] for i in group]
+            for found in self._group(draws, planned, faults, report):
+                groups.append(tuple(range(len(samples), len(samples) + len(found))))
+                samples += found
+        batch = collate(
             samples,
-            task.pack.groups,
+            groups,
             flags=task.flags,
             position_rows=self.encoder.layout.num_position_rows,
             loss_weighting=self.loss_weighting,
             align=self.align,
             pad_id=self.encoder.template.pad_id,
         )
+        labels = tuple(sample.encoded.num_label_tokens for sample in samples)
+        return BuiltPack(batch, labels, tuple(faults))
+
+    def _group(
+        self, draws: list[Draw], planned: dict[Draw, int], faults: list[Fault], report: Report
+    ) -> list[list[Prepared]]:
+        """The samples of a group; after a fault, one group per replaced unit."""
+        prepared: list[Prepared] = []
+        for draw in draws:
+            report(f"{self.encoder.indices[draw.source].uid(draw.row)} (position {draw.position})")
+            try:
+                sample = self.encoder.prepare(draw, pixels=not prepared)
+            except DataError as error:
+                if error.reason not in LOAD_REASONS:
+                    raise
+                return self._replace(draws, error, faults)
+            check_length(sample.uid, planned[draw], sample.encoded)
+            prepared.append(sample)
+        if len(draws) > 1 and not common_prefix([sample.encoded for sample in prepared]):
+            raise DataError(
+                f"{prepared[0].uid} and {prepared[1].uid} were planned as one group but do not start alike; their "
+                "rows or media changed. Rebuild the index"
+            )
+        return [prepared]
+
+    def _replace(
+        self, draws: list[Draw], error: DataError, faults: list[Fault]
+    ) -> list[list[Prepared]]:
+        out: list[list[Prepared]] = []
+        units = {(draw.lane, draw.unit, draw.epoch): draw for draw in draws}
+        for (lane, unit, epoch), first in units.items():
+            members = [
+                draw for draw in draws if (draw.lane, draw.unit, draw.epoch) == (lane, unit, epoch)
+            ]
+            rows = self.mixture.unit_rows(lane, unit)
+            wanted = self._measure(first.source, rows, epoch)
+            assert wanted is not None, "a planned unit was measured before"
+            found: dict[int, list[Prepared]] = {}
+
+            def usable(
+                candidate: IntArray,
+                wanted: LengthArray = wanted,
+                members: list[Draw] = members,
+                found: dict[int, list[Prepared]] = found,
+            ) -> bool:
+                sizes = self._measure(members[0].source, candidate, members[0].epoch)
+                if sizes is None or not fits_plan(wanted, sizes):
+                    return False
+                prepared = self._load(
+                    members, candidate, alike=len(set(sizes["group_key"].tolist())) == 1
+                )
+                if prepared is not None:
+                    found[int(candidate[0])] = prepared
+                return prepared is not None
+
+            chosen = replacement(self.mixture, first, usable)
+            taken = found[int(chosen[1][0])] if chosen is not None else []
+            for at, draw in enumerate(members):
+                index = self.encoder.indices[draw.source]
+                faults.append(
+                    Fault(
+                        sample=index.sample(draw.row, draw.epoch),
+                        error=error,
+                        file=index.source.files[int(index.column("file")[draw.row])],
+                        row=int(index.column("row")[draw.row]),
+                        replaced_by=taken[at].uid if taken else None,
+                    )
+                )
+            shares = (
+                bool(common_prefix([sample.encoded for sample in taken]))
+                if len(taken) > 1
+                else True
+            )
+            out += [taken] if shares and taken else [[sample] for sample in taken]
+        return out
+
+    def _measure(self, source: int, rows: IntArray, epoch: int) -> LengthArray | None:
+        """Sizes of a unit's rows; None when one cannot be used."""
+        out = np.zeros(len(rows), LENGTH_DTYPE)
+        for at, row in enumerate(rows.tolist()):
+            try:
+                out[at] = self.encoder.measure(source, row, epoch)
+            except DataError as error:
+                if error.reason not in LOAD_REASONS:
+                    raise
+                return None
+        return out
+
+    def _load(self, members: list[Draw], rows: IntArray, *, alike: bool) -> list[Prepared] | None:
+        """The rows of a unit in the places of some draws; None when one cannot be loaded."""
+        prepared: list[Prepared] = []
+        for draw in members:
+            other = draw._replace(row=int(rows[draw.branch]))
+            try:
+                prepared.append(self.encoder.prepare(other, pixels=not (alike and prepared)))
+            except DataError as error:
+                if error.reason not in LOAD_REASONS:
+                    raise
+                return None
+        return prepared
 
 
 class StepLoader:
@@ -109,6 +232,7 @@ class StepLoader:
         prefetch_steps: Steps that are built ahead.
         prefetch_mb: Memory of finished packs that wait.
         timeout_s: Longest time for one pack.
+        quarantine: Where broken samples are recorded and counted; None = nowhere.
         state: From :meth:`state_dict` of an equal order.
 
     Raises:
@@ -131,6 +255,7 @@ class StepLoader:
         prefetch_steps: int = 1,
         prefetch_mb: int = 2048,
         timeout_s: float = 120.0,
+        quarantine: Quarantine | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
         self.mixture, self.lengths, self.cost = mixture, lengths, cost
@@ -139,7 +264,8 @@ class StepLoader:
         self.loss_weighting: LossWeighting = loss_weighting
         self.tail = tail
         self.prefetch_steps = prefetch_steps
-        self.builder = PackBuilder(lengths.encoder, loss_weighting, align)
+        self.quarantine = quarantine
+        self.builder = PackBuilder(lengths.encoder, mixture, loss_weighting, align)
         self.pool: WorkerPool | None = None
         if num_workers:
             self.pool = WorkerPool(
@@ -150,6 +276,10 @@ class StepLoader:
                 max_ready_bytes=prefetch_mb << 20,
             )
         self._position, self._step = 0, 0
+        num_sources = len(lengths.encoder.indices)
+        self._drawn = np.zeros(num_sources, np.int64)
+        self._past_faults = np.zeros(num_sources, np.int64)
+        self._planned_faults: list[tuple[int, Fault]] = []
         if state:
             self._restore(state)
 
@@ -166,9 +296,49 @@ class StepLoader:
     def plan(self, position: int, step: int) -> tuple[StepPlan, DrawArray, LengthArray]:
         """The plan of the step that starts at a position; equal on every rank."""
         draws = self.mixture.draws(position, position + self.global_batch_size)
-        sizes = self.lengths.lookup(draws)
+        draws, sizes = self._usable(draws, step)
         plan = plan_step(draws, sizes, self.cost, self.world.size, self.packing, step=step)
         return plan, draws, sizes
+
+    def _usable(self, draws: DrawArray, step: int) -> tuple[DrawArray, LengthArray]:
+        """Lengths of the draws; a unit that turns out to be unusable gives way to the next of its lane."""
+        sizes = self.lengths.lookup(draws)
+        bad = np.flatnonzero(sizes["tokens"] == 0)
+        if not len(bad):
+            return draws, sizes
+        draws = draws.copy()
+        for key in np.unique(draws[bad][["lane", "unit", "epoch"]]):
+            members = np.flatnonzero(draws[["lane", "unit", "epoch"]] == key)
+            first = Draw(*draws[members[0]].item())
+
+            def usable(rows: IntArray, source: int = first.source) -> bool:
+                self.lengths.measure(source, rows)
+                return bool(np.all(self.lengths.records[source]["tokens"][rows] > 0))
+
+            chosen = replacement(self.mixture, first, usable)
+            for at in members.tolist():
+                draw = Draw(*draws[at].item())
+                row = -1 if chosen is None else int(chosen[1][draw.branch])
+                if draw.position % self.world.size == self.world.rank:
+                    self._record_unusable(draw, row, step)
+                if chosen is not None:
+                    draws["unit"][at], draws["row"][at] = chosen[0], row
+        return draws, self.lengths.lookup(draws)
+
+    def _record_unusable(self, draw: Draw, replaced_by: int, step: int) -> None:
+        index = self.lengths.encoder.indices[draw.source]
+        code = int(self.lengths.reasons[draw.source][draw.row])
+        message = "another row of its unit is unusable"
+        if code:
+            message = self.lengths.message(draw.source, draw.row)
+        fault = Fault(
+            sample=index.sample(draw.row, draw.epoch),
+            error=DataError(message, reason=LOAD_REASONS[code - 1] if code else "missing"),
+            file=index.source.files[int(index.column("file")[draw.row])],
+            row=int(index.column("row")[draw.row]),
+            replaced_by=index.uid(replaced_by) if replaced_by >= 0 else None,
+        )
+        self._planned_faults.append((step, fault))
 
     def __iter__(self) -> Iterator[StepBatches]:
         pending: deque[_Pending] = deque()
@@ -182,6 +352,7 @@ class StepLoader:
                 if not pending:
                     return
                 ready = self._collect(pending.popleft(), asked)
+                self._check_budget(ready)
                 self._position = ready.plan.positions.stop
                 self._step = ready.plan.step + 1
                 yield ready
@@ -197,6 +368,8 @@ class StepLoader:
             "order": self.mixture.fingerprint,
             "parts": dict(self.mixture.parts),
             "world": self.world.size,
+            "drawn": self._drawn.tolist(),
+            "faults": self._faults().tolist(),
         }
 
     def close(self) -> None:
@@ -213,29 +386,55 @@ class StepLoader:
         if state["order"] != self.mixture.fingerprint:
             self.mixture.check_state(state["parts"])
         self._position, self._step = int(state["position"]), int(state["step"])
+        if len(state["drawn"]) == len(self._drawn):
+            self._drawn += np.array(state["drawn"], np.int64)
+            self._past_faults += np.array(state["faults"], np.int64)
+
+    def _faults(self) -> IntArray:
+        """Broken samples per source, this rank, since the start of the order."""
+        if self.quarantine is None:
+            return self._past_faults
+        return self._past_faults + self.quarantine.faults()
+
+    def _check_budget(self, step: StepBatches) -> None:
+        """Every rank judges its own draws; the loop stops all ranks when one of them fails."""
+        for packs in step.plan.packs:
+            for draw in packs[self.world.rank].draws:
+                self._drawn[draw.source] += 1
+        if self.quarantine is not None:
+            self.quarantine.check(self._faults(), self._drawn)
 
     def _submit(self, position: int, step: int) -> _Pending:
         plan, draws, sizes = self.plan(position, step)
         planned = dict(zip(draws["position"].tolist(), sizes["tokens"].tolist(), strict=True))
-        labels = dict(zip(draws["position"].tolist(), sizes["label_tokens"].tolist(), strict=True))
         own = [packs[self.world.rank] for packs in plan.packs]
         tasks = [
             PackTask(pack, tuple(planned[draw.position] for draw in pack.draws), flags)
             for pack, flags in zip(own, plan.flags, strict=True)
         ]
-        own_labels = [labels[draw.position] for pack in own for draw in pack.draws]
         tickets = [self.pool.submit(task) for task in tasks] if self.pool else []
-        return _Pending(plan, self.shares(draws, sizes), own_labels, tasks, tickets)
+        return _Pending(plan, self.shares(draws, sizes), tasks, tickets)
 
     def _collect(self, pending: _Pending, asked: float) -> StepBatches:
         if self.pool:
-            batches = [_from_numpy(self.pool.get(ticket)) for ticket in pending.tickets]
+            built = [_from_numpy(*self.pool.get(ticket)) for ticket in pending.tickets]
         else:
-            batches = [self.builder(task) for task in pending.tasks]
+            built = [self.builder(task) for task in pending.tasks]
+        if self.quarantine is not None:
+            events = [event for event in self._planned_faults if event[0] == pending.plan.step]
+            events += [(pending.plan.step, fault) for pack in built for fault in pack.faults]
+            self._planned_faults = [e for e in self._planned_faults if e[0] != pending.plan.step]
+            for step, fault in events:
+                media = fault.sample.media[0] if len(fault.sample.media) == 1 else None
+                self.quarantine.add(
+                    fault.sample, fault.error, step=step, file=fault.file, row=fault.row, media=media,
+                    replaced_by=fault.replaced_by,
+                )  # fmt: skip
+        labels = [count for pack in built for count in pack.label_tokens]
         return StepBatches(
-            batches=batches,
-            denominator_local=denominator(pending.own_labels, self.loss_weighting),
-            label_tokens=sum(pending.own_labels),
+            batches=[pack.batch for pack in built],
+            denominator_local=denominator(labels, self.loss_weighting),
+            label_tokens=sum(labels),
             plan=pending.plan,
             shares=pending.shares,
             wait_s=time.perf_counter() - asked,
@@ -270,23 +469,25 @@ class StepLoader:
 class _Pending:
     plan: StepPlan
     shares: Shares
-    own_labels: Sequence[int]
     tasks: Sequence[PackTask]
     tickets: Sequence[int]
 
 
-def _work(builder: PackBuilder, task: PackTask, report: Report) -> dict[str, Any]:
+def _work(builder: PackBuilder, task: PackTask, report: Report) -> tuple[dict[str, Any], Any, Any]:
     """Build a pack in a worker; tensors travel as arrays."""
-    batch = builder(task, report)
-    return {
+    built = builder(task, report)
+    arrays = {
         key: value.numpy() if isinstance(value, torch.Tensor) else value
-        for key, value in batch.items()
+        for key, value in built.batch.items()
     }
+    return arrays, built.label_tokens, built.faults
 
 
-def _from_numpy(arrays: dict[str, Any]) -> Batch:
+def _from_numpy(
+    arrays: dict[str, Any], label_tokens: tuple[int, ...], faults: tuple[Fault, ...]
+) -> BuiltPack:
     tensors = {
         key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         for key, value in arrays.items()
     }
-    return cast("Batch", tensors)
+    return BuiltPack(cast("Batch", tensors), label_tokens, faults)

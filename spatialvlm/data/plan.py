@@ -189,9 +189,9 @@ def _pack(items: list[Item], world: int, packing: PackingArgs) -> list[list[Item
             )
         count = wanted
     while True:
-        packs = _level(items, count, packing.max_tokens)
-        if packs is not None:
-            return packs
+        found = _level(items, count, packing.max_tokens)
+        if found is not None:
+            return found
         if packing.fixed_micro_steps is not None:
             raise ConfigError(
                 f"packing.fixed_micro_steps={packing.fixed_micro_steps}: {len(items)} items of this step do not fit "

@@ -188,5 +188,7 @@ def _serve(pipe: Connection, work: Work, context: Any) -> None:
 
 
 def _num_bytes(result: Any) -> int:
-    values = result.values() if isinstance(result, dict) else ()
+    """Bytes of the arrays in a result: a dict of arrays, or a tuple that starts with one."""
+    first = result[0] if isinstance(result, tuple) else result
+    values = first.values() if isinstance(first, dict) else ()
     return sum(int(getattr(value, "nbytes", 0)) for value in values)

@@ -91,6 +91,7 @@ def toy_config(toy_data, tmp_path):
             shared_prefix=SharedPrefixConfig(**{"max_branches": 4, **(shared_prefix or {})}),
             loader=LoaderConfig(**{"num_workers": 0, **(loader or {})}),
             geometry=geometry,
+            run=SimpleNamespace(dir=str(tmp_path)),
         )
 
     return make

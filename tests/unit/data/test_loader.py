@@ -144,7 +144,8 @@ def test_overlong_rows_leave_the_order(tiny_checkpoint, toy_config):
     folder = tiny_checkpoint("qwen3vl")
     tokens = build(toy_config(), folder).lengths.records[0]["tokens"]
     limit = int(np.sort(tokens)[-11])  # the ten longest are too long
-    loader = build(toy_config(packing={"max_length": limit}), folder)
+    config = toy_config(packing={"max_length": limit}, data={"max_rejected_fraction": 0.5})
+    loader = build(config, folder)
     assert loader.lengths.rejected(0) == {"overlong": 10}
     too_long = {f"sp/spatial#{row}" for row in np.flatnonzero(tokens > limit)}
     for step in loader:
