@@ -67,7 +67,7 @@ class Container:
 def parse_json(data: bytes, path: Path, line: Callable[[], int]) -> Any:
     """Parse one row, or say where it is broken."""
     try:
-        return json.loads(data)
+        return json.loads(data.decode())
     except json.JSONDecodeError as error:
         around = error.doc[max(0, error.pos - 40) : error.pos + 40]
         raise DataError(
@@ -98,15 +98,19 @@ class JsonLines(Container):
         with self.path.open("rb") as file:
             file.seek(start)
             offset = start
+            if offset == 0 and file.read(3) != b"\xef\xbb\xbf":
+                file.seek(0)
+            offset = file.tell()
             for number, line in enumerate(file, start=row):
                 if stop is not None and offset >= stop:
                     return
-                length = len(line)
-                body = line[3:] if offset == 0 and line.startswith(b"\xef\xbb\xbf") else line
-                if not body.isspace():
-                    value = _value_or_error(partial(self._parse, body, number))
-                    yield RawRow(number, offset + length - len(body), len(body), value)
-                offset += length
+                if not line.isspace():
+                    try:
+                        value = self._parse(line, number)
+                    except DataError as error:
+                        value = error
+                    yield RawRow(number, offset, len(line), value)
+                offset += len(line)
 
     def read(self, row: int, offset: int, length: int) -> Any:
         """One row at the address that :meth:`scan` gave."""

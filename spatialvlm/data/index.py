@@ -22,7 +22,7 @@ import numpy as np
 
 from spatialvlm.data.containers import JsonLines, RawRow
 from spatialvlm.data.faults import INDEX_REASONS
-from spatialvlm.data.sample import MediaRef, Sample
+from spatialvlm.data.sample import Sample
 from spatialvlm.data.sources import Source
 from spatialvlm.errors import BudgetError, DataError
 
@@ -66,19 +66,9 @@ SceneCheck = Callable[[str], "tuple[str, ...] | None"]
 """Text -> names of the block lists it hits; None when it names no known scene or room."""
 
 
-def media_bytes_key(ref: MediaRef) -> bytes:
-    """What identifies one medium inside its source."""
-    clip = "" if ref.clip_s is None else f"{ref.clip_s[0]}:{ref.clip_s[1]}"
-    frames = "" if ref.frames is None else str(ref.frames)
-    text = f"{ref.kind}\0{ref.store}\0{ref.path}\0{ref.member}\0{clip}\0{frames}\0"
-    return text.encode("utf-8", "surrogatepass")
-
-
 def media_key(sample: Sample, salt: bytes = b"") -> int:
     """Identity of the ordered media list; 0 without media."""
-    if not sample.media:
-        return 0
-    return _hash(salt + b"".join([media_bytes_key(ref) for ref in sample.media]))
+    return media_and_prefix_key(sample, salt)[0]
 
 
 def prefix_key(sample: Sample, salt: bytes = b"") -> int:
@@ -87,26 +77,37 @@ def prefix_key(sample: Sample, salt: bytes = b"") -> int:
     Covers the system text, the first user turn up to its last medium, the media, marks, instruction
     formats and the geometry flag. Rows without media, or with media after the first answer, get 0.
     """
+    return media_and_prefix_key(sample, salt)[1]
+
+
+def media_and_prefix_key(sample: Sample, salt: bytes = b"") -> tuple[int, int]:
+    """:func:`media_key` and :func:`prefix_key` at once."""
     if not sample.media:
-        return 0
-    system = b""
+        return 0, 0
+    media = "\0".join(
+        [
+            f"{r.kind}\0{r.store}\0{r.path}\0{r.member}\0{r.clip_s or ''}\0{r.frames or ''}"
+            for r in sample.media
+        ]
+    )
+    system = ""
     for turn in sample.turns:
-        if turn.role == "system":
-            system = turn.text.encode("utf-8", "surrogatepass")
-        elif turn.role == "user":
+        if turn.role == "user":
             break
-    parts = turn.parts
-    last = max((n for n, part in enumerate(parts) if isinstance(part, int)), default=-1)
-    if last < 0 or parts[last] != len(sample.media) - 1:
-        return 0
-    text = "\0".join([part if isinstance(part, str) else f"\1{part}" for part in parts[: last + 1]])
-    marks = repr((sample.marks, sample.formats_ok)) if sample.marks or sample.formats_ok else ""
-    tail = f"{text}\0{marks}\0{sample.geometry}\0{sample.same_scene}\0{sample.frames_pinned}"
-    media = b"".join([media_bytes_key(ref) for ref in sample.media])
-    return _hash(salt + system + b"\0" + tail.encode("utf-8", "surrogatepass") + b"\0" + media)
+        system = turn.text
+    parts, last = turn.parts, len(sample.media) - 1
+    media_hash = _hash(salt, media)
+    if last not in parts:
+        return media_hash, 0
+    until = len(parts) - 1 - parts[::-1].index(last)
+    text = "\0".join([p if isinstance(p, str) else f"\1{p}" for p in parts[: until + 1]])
+    marks = f"{sample.marks}{sample.formats_ok}" if sample.marks or sample.formats_ok else ""
+    flags = f"{sample.geometry}{sample.same_scene}{sample.frames_pinned}"
+    return media_hash, _hash(salt, f"{system}\0{text}\0{marks}\0{flags}\0{media}")
 
 
-def _hash(data: bytes) -> int:
+def _hash(salt: bytes, text: str) -> int:
+    data = salt + text.encode("utf-8", "surrogatepass")
     # 0 is kept for "none"
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") or 1
 
@@ -398,7 +399,10 @@ def _record(
 ) -> tuple[Any, ...]:
     prompt = answer = images = 0
     for turn in sample.turns:
-        size = sum([len(part) for part in turn.parts if isinstance(part, str)])
+        size = 0
+        for part in turn.parts:
+            if isinstance(part, str):
+                size += len(part)
         if turn.role == "assistant":
             answer += size
         else:
@@ -406,15 +410,16 @@ def _record(
     for ref in sample.media:
         images += ref.kind == "image"
     scene = sample.scene_id
+    media, prefix = media_and_prefix_key(sample, salt)
     return (
         raw.offset,
-        media_key(sample, salt),
-        prefix_key(sample, salt),
+        media,
+        prefix,
         raw.row,
         raw.length,
         prompt,
         answer,
-        0 if scene is None else _hash(scene.encode("utf-8", "surrogatepass")) & 0xFFFFFFFF,
+        0 if scene is None else _hash(b"", scene) & 0xFFFFFFFF,
         np.nan if sample.difficulty is None else sample.difficulty,
         np.nan if sample.margin is None else sample.margin,
         file,

@@ -13,16 +13,19 @@ import functools
 import hashlib
 import json
 import math
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from spatialvlm.data.order import SplitTree, permute, permute_array, round_keys
 from spatialvlm.data.sample import DRAW_DTYPE, Draw, Shares
-from spatialvlm.errors import ConfigError, StateError
+from spatialvlm.errors import ConfigError, DataError, StateError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -53,6 +56,30 @@ class SourceRows:
     """Mean tokens of the eligible rows; needed for ``unit: tokens``."""
     difficulty: npt.NDArray[np.float32] | None = None
     """Key of the curriculum, small = early; NaN = unknown."""
+    cache_dir: Path | None = None
+    """Where units are kept between runs, memory-mapped; None = in memory."""
+
+
+class UnitRows:
+    """Rows of all units of a lane, ``[units, size]``; memory-mapped, and pickled by path, if from a file.
+
+    Args:
+        source: The array, or the ``.npy`` file that holds it.
+    """
+
+    def __init__(self, source: IntArray | Path) -> None:
+        self._source = source
+
+    @functools.cached_property
+    def array(self) -> IntArray:
+        """Integers ``[units, size]``."""
+        if isinstance(self._source, Path):
+            mapped: IntArray = np.load(self._source, mmap_mode="r")
+            return mapped
+        return self._source
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_source": self._source}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +90,17 @@ class Lane:
     capability: str | None
     size: int
     """Rows per unit."""
-    rows: npt.NDArray[np.int64]
-    """``[units, size]``: rows of the source's table."""
+    num_units: int
+    units: UnitRows
     stream: str
     """Name of its shuffle."""
     buckets: tuple[int, ...]
     """First unit of every curriculum bucket, and the number of units; one bucket without curriculum."""
 
     @property
-    def num_units(self) -> int:
-        """Number of units."""
-        return len(self.rows)
+    def rows(self) -> IntArray:
+        """Integers ``[units, size]``: rows of the source's table."""
+        return self.units.array
 
 
 def cut_units(prefix_key: npt.NDArray[np.uint64], rows: IntArray, size: int) -> dict[int, IntArray]:
@@ -179,13 +206,11 @@ class Mixture:
         for source in sources:
             _check_source(source, families)
         self.family_names = self._active_families(sources, families)
-        chosen = {i: _chosen_rows(source, seed) for i, source in enumerate(sources)}
-        self.drawn_rows = {source.name: len(chosen[i]) for i, source in enumerate(sources)}
+        self.drawn_rows = {source.name: _num_chosen(source) for source in sources}
         """Rows of every source that can be drawn, after ``fraction`` and ``max_samples``."""
         self.lanes: list[Lane] = []
         built = [
-            self._family(name, sources, chosen, unit, curriculum_buckets)
-            for name in self.family_names
+            self._family(name, sources, unit, curriculum_buckets) for name in self.family_names
         ]
         self._families = [levels for levels, _ in built]
         weights = [_fraction(families[name]) for name in self.family_names]
@@ -198,9 +223,9 @@ class Mixture:
         self._epoch_rows = {
             name: sum(
                 (
-                    _fraction(s.repeat) * len(chosen[i])
-                    for i, s in enumerate(sources)
-                    if s.family == name
+                    _fraction(s.repeat) * self.drawn_rows[s.name]
+                    for s in sources
+                    if s.family == name and s.repeat > 0 and s.weight != 0
                 ),
                 start=Fraction(0),
             )
@@ -210,9 +235,7 @@ class Mixture:
         """Number of positions."""
         self.parts = {
             "sources": _digest([(s.name, s.family, s.content_key) for s in sources]),
-            "eligible rows": _digest(
-                [hashlib.blake2b(np.packbits(s.eligible).tobytes()).hexdigest() for s in sources]
-            ),
+            "eligible rows": _digest([_bits(s.eligible) for s in sources]),
             "mixture": _digest(
                 [
                     sorted(families.items()),
@@ -365,45 +388,38 @@ class Mixture:
         return tuple(known)
 
     def _family(
-        self,
-        name: str,
-        sources: Sequence[SourceRows],
-        chosen: Mapping[int, IntArray],
-        unit: str,
-        buckets: int,
+        self, name: str, sources: Sequence[SourceRows], unit: str, buckets: int
     ) -> tuple[_Level | int, float]:
         """Levels below one family, and its mean tokens per draw (1 when weights count samples)."""
         mine = [
             i for i, s in enumerate(sources) if s.family == name and s.weight != 0 and s.repeat > 0
         ]
-        capabilities = [
-            c for c in self._capabilities if any(c in sources[i].capabilities for i in mine)
-        ]
-        if capabilities:
-            return self._split_by_capability(
-                name, sources, mine, chosen, capabilities, buckets
-            ), 1.0
-        children, weights, means = [], [], []
-        for i in mine:
-            source, rows = sources[i], chosen[i]
-            if not len(rows):
-                raise ConfigError(f"source {source.name} has no row to draw.")
-            weight = _fraction(source.repeat) * len(rows)
-            mean = source.mean_tokens if unit == "tokens" else 1.0
-            if mean is None:
-                raise ConfigError(
-                    f"unit: tokens needs exact lengths; source {source.name} has none."
-                )
-            if source.weight is not None:
-                weight = _fraction(source.weight) / Fraction(mean)
-            children.append(self._lanes(source, i, rows, None, f"{name}/{source.name}", buckets))
-            weights.append(weight)
-            means.append(mean)
         if len({sources[i].weight is None for i in mine}) > 1:
             raise ConfigError(
                 f"family {name}: some sources have a weight and some count by rows; give all of them a "
                 "weight, or none."
             )
+        capabilities = [
+            c for c in self._capabilities if any(c in sources[i].capabilities for i in mine)
+        ]
+        if capabilities:
+            return self._split_by_capability(name, sources, mine, capabilities, buckets), 1.0
+        children, weights, means = [], [], []
+        for i in mine:
+            source, rows = sources[i], self.drawn_rows[sources[i].name]
+            mean = source.mean_tokens if unit == "tokens" else 1.0
+            if not rows:
+                raise ConfigError(f"source {source.name} has no row to draw.")
+            if mean is None:
+                raise ConfigError(
+                    f"unit: tokens needs exact lengths; source {source.name} has none."
+                )
+            weight = _fraction(source.repeat) * rows
+            if source.weight is not None:
+                weight = _fraction(source.weight) / Fraction(mean)
+            children.append(self._lanes(source, i, None, f"{name}/{source.name}", buckets)[0])
+            weights.append(weight)
+            means.append(mean)
         mean = float(
             sum(w * Fraction(m) for w, m in zip(weights, means, strict=True)) / sum(weights)
         )
@@ -414,7 +430,6 @@ class Mixture:
         name: str,
         sources: Sequence[SourceRows],
         mine: Sequence[int],
-        chosen: Mapping[int, IntArray],
         capabilities: Sequence[str],
         buckets: int,
     ) -> _Level | int:
@@ -425,20 +440,19 @@ class Mixture:
                 source = sources[i]
                 if capability not in source.capabilities or source.capability is None:
                     continue
-                rows = chosen[i]
-                rows = rows[source.capability[rows] == source.capabilities.index(capability)]
-                if len(rows):
-                    stream = f"{name}/{source.name}/{capability}"
-                    inner.append(self._lanes(source, i, rows, capability, stream, buckets))
-                    inner_weights.append(_fraction(source.repeat) * len(rows))
-                    drawn += len(rows)
+                stream = f"{name}/{source.name}/{capability}"
+                level, rows = self._lanes(source, i, capability, stream, buckets)
+                if rows:
+                    inner.append(level)
+                    inner_weights.append(_fraction(source.repeat) * rows)
+                    drawn += rows
             if not inner:
                 raise ConfigError(
                     f"data.capabilities.{capability}: no row of family {name} has it."
                 )
             children.append(_level(inner, inner_weights))
             weights.append(_fraction(self._capabilities[capability]))
-        left = sum(len(chosen[i]) for i in mine) - drawn
+        left = sum(self.drawn_rows[sources[i].name] for i in mine) - drawn
         if left:
             self.warnings.append(
                 f"family {name}: {left} rows have none of the weighted capabilities and are never drawn"
@@ -446,30 +460,30 @@ class Mixture:
         return _level(children, weights)
 
     def _lanes(
-        self,
-        source: SourceRows,
-        number: int,
-        rows: IntArray,
-        capability: str | None,
-        stream: str,
-        buckets: int,
-    ) -> _Level | int:
+        self, source: SourceRows, number: int, capability: str | None, stream: str, buckets: int
+    ) -> tuple[_Level | int, int]:
+        """Append the lanes of one source (and capability); their level and number of rows."""
         children: list[_Level | int] = []
         weights = []
-        units = cut_units(source.prefix_key, rows, self.branches)
-        for size in sorted(units, reverse=True):
-            table: IntArray = units[size]
-            starts: tuple[int, ...] = (0, len(table))
-            if buckets:
-                table, starts, unknown = _by_difficulty(table, source.difficulty, buckets)
-                if unknown:
-                    self.warnings.append(
-                        f"source {source.name}: {unknown} units without a key are in the middle bucket"
-                    )
+        for unit in _units(source, capability, self.seed, self.branches, buckets):
             children.append(len(self.lanes))
-            weights.append(Fraction(table.size))
-            self.lanes.append(Lane(number, capability, size, table, f"{stream}/{size}", starts))
-        return _level(children, weights)
+            weights.append(Fraction(unit.num_units * unit.size))
+            self.lanes.append(
+                Lane(
+                    number,
+                    capability,
+                    unit.size,
+                    unit.num_units,
+                    UnitRows(unit.rows),
+                    f"{stream}/{unit.size}",
+                    unit.buckets,
+                )
+            )
+            if unit.unknown:
+                self.warnings.append(
+                    f"source {source.name}: {unit.unknown} units without a key are in the middle bucket"
+                )
+        return (_level(children, weights), int(sum(weights))) if children else (-1, 0)
 
     def _length(self, epochs: float | None, of: str | None, samples: int | None) -> int:
         if (epochs is None) == (samples is None):
@@ -581,16 +595,97 @@ def _check_source(source: SourceRows, families: Mapping[str, float]) -> None:
         _check_weights(f"sources.{source.name}", {"weight": source.weight})
 
 
+def _num_chosen(source: SourceRows) -> int:
+    """Eligible rows after ``fraction`` and ``max_samples``."""
+    rows = int(np.count_nonzero(source.eligible))
+    keep = min(rows, max(1, round(source.fraction * rows)))
+    return keep if source.max_samples is None else min(keep, source.max_samples)
+
+
 def _chosen_rows(source: SourceRows, seed: int) -> IntArray:
-    """Eligible rows after ``fraction`` and ``max_samples``: nested subsets, spread over the files."""
+    """Rows that are drawn, ascending: nested subsets for growing ``fraction``, spread over the files."""
     rows = np.flatnonzero(source.eligible)
-    keep = max(1, round(source.fraction * len(rows)))
-    if source.max_samples is not None:
-        keep = min(keep, source.max_samples)
-    if keep >= len(rows):
+    keep = _num_chosen(source)
+    if keep == len(rows):
         return rows
     keys = round_keys(seed, f"subset/{source.name}", 0)
     return np.sort(rows[permute_array(np.arange(keep), len(rows), keys)])
+
+
+class _Units(NamedTuple):
+    """Units of one size, before they have a place in the mixture."""
+
+    size: int
+    num_units: int
+    buckets: tuple[int, ...]
+    unknown: int
+    rows: IntArray | Path
+
+
+def _units(
+    source: SourceRows, capability: str | None, seed: int, branches: int, buckets: int
+) -> list[_Units]:
+    """Units of a source (and capability), largest first; from the cache when there is one."""
+    if source.cache_dir is None:
+        return _cut(source, capability, seed, branches, buckets)
+    parts = [
+        source.content_key,
+        _bits(source.eligible),
+        source.fraction,
+        source.max_samples,
+        capability,
+    ]
+    parts += [branches, buckets, seed if _num_chosen(source) < source.eligible.sum() else None]
+    if buckets and source.difficulty is not None:
+        parts.append(hashlib.blake2b(np.asarray(source.difficulty).tobytes()).hexdigest())
+    folder = source.cache_dir / f"units-{_digest(parts)}"
+    info = folder / "info.json"
+    if not info.is_file():
+        partial = folder.with_suffix(f".{os.getpid()}")
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            units = _cut(source, capability, seed, branches, buckets)
+            small = len(source.eligible) < 2**31
+            for unit in units:
+                assert not isinstance(unit.rows, Path), "cut in memory"
+                rows = unit.rows.astype(np.int32) if small else unit.rows
+                np.save(partial / f"{unit.size}.npy", rows)
+            table = [unit._replace(rows=f"{unit.size}.npy") for unit in units]  # type: ignore[arg-type]
+            (partial / "info.json").write_text(json.dumps(table))
+            if not folder.exists():
+                partial.replace(folder)
+        except OSError as error:
+            if not info.is_file():  # another rank may have been first
+                raise DataError(f"cannot write {folder}: {error}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return [
+        _Units(size, num, tuple(starts), unknown, folder / name)
+        for size, num, starts, unknown, name in json.loads(info.read_text())
+    ]
+
+
+def _cut(
+    source: SourceRows, capability: str | None, seed: int, branches: int, buckets: int
+) -> list[_Units]:
+    rows = _chosen_rows(source, seed)
+    if capability is not None:
+        assert source.capability is not None, "checked by the caller"
+        rows = rows[source.capability[rows] == source.capabilities.index(capability)]
+    cut = cut_units(source.prefix_key, rows, branches)
+    found = []
+    for size in sorted(cut, reverse=True):
+        table: IntArray = cut[size]
+        starts: tuple[int, ...] = (0, len(table))
+        unknown = 0
+        if buckets:
+            table, starts, unknown = _by_difficulty(table, source.difficulty, buckets)
+        found.append(_Units(size, len(table), starts, unknown, table))
+    return found
+
+
+def _bits(mask: npt.NDArray[np.bool_]) -> str:
+    return hashlib.blake2b(np.packbits(mask).tobytes(), digest_size=12).hexdigest()
 
 
 def _by_difficulty(

@@ -23,6 +23,7 @@ from spatialvlm.data.containers import (
 from spatialvlm.data.formats import FORMATS, Format, Place, SourceAttrs, detect, read_row
 from spatialvlm.data.formats.base import media_path
 from spatialvlm.data.formats.scene_qa import referring_error
+from spatialvlm.data.media.paths import resolve
 from spatialvlm.data.sample import MediaRef, Sample
 from spatialvlm.errors import ConfigError, DataError, MediaError
 
@@ -149,9 +150,9 @@ class Source:
         """Embedded bytes of a medium in a cell or tar member: one entry, or one per frame.
 
         Raises:
-            MediaError: The cell or member is missing or empty.
+            MediaError: The cell or member is missing or empty, or the shard lies outside the root.
         """
-        if not (self.root / ref.path).is_file():
+        if ref.path not in self._containers and not resolve(self.root, "", ref.path).is_file():
             raise MediaError(f"{ref.path} is not below {self.root}.", reason="missing")
         return self.container(ref.path).media_bytes(ref)
 

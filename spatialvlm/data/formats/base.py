@@ -120,8 +120,9 @@ def media_path(base: str, path: str) -> str:
 
 
 def suffix(path: str) -> str:
-    """Lower-case extension of the last path part, with its dot."""
-    return posixpath.splitext(path)[1].lower()
+    """Lower-case extension of the last path part, with its dot; empty without one."""
+    dot = path.rfind(".")
+    return path[dot:].lower() if dot > path.rfind("/") else ""
 
 
 def video_ref(

@@ -114,21 +114,22 @@ def build_sample(
         _markers_to_front(turns)
     if attrs.fixes:
         _fix_answers(turns, attrs.fixes)
+    get = row.get
     derived: dict[str, Any] = {
         "capability": _capability(row, attrs, fmt),
         "same_scene": fmt.same_scene if attrs.same_scene is None else attrs.same_scene,
         "frames_pinned": attrs.pinned,
         "coords": attrs.coords or fmt.coords,
-        "scene_id": _text_or_none(row.get("scene_id")) or _text_or_none(row.get("scene_name")),
-        "room_id": _text_or_none(row.get("room_id")),
-        "difficulty": number_or_none(row.get("difficulty")),
-        "margin": number_or_none(row.get("margin")),
-        "meta": {
-            key: value
-            for key, value in row.items()
-            if value is not None and key not in _CONSUMED and key not in consumed
-        },
+        "scene_id": text_or_none(get("scene_id")) or text_or_none(get("scene_name")),
+        "room_id": text_or_none(get("room_id")),
+        "difficulty": number_or_none(get("difficulty")),
+        "margin": number_or_none(get("margin")),
     }
+    if "meta" not in fields:
+        used = _CONSUMED | consumed if consumed else _CONSUMED
+        derived["meta"] = {k: v for k, v in row.items() if v is not None and k not in used}
+    if fields:
+        derived |= fields
     return Sample(
         uid=place.uid(attrs.name, k),
         source=attrs.name,
@@ -142,7 +143,7 @@ def build_sample(
         media=tuple(media),
         geometry=attrs.geometry,
         marks=marks,
-        **(derived | fields),
+        **derived,
     )
 
 
@@ -178,37 +179,36 @@ def parse_turns(row: Row, attrs: SourceAttrs, place: Place) -> list[tuple[Role, 
         if content is None:
             content = message.get("content")
         pieces = _pieces(content, number, attrs, place)
-        train = (
-            role == "assistant"
-            and message.get("train") is not False
-            and message.get("weight") not in (0, 0.0)
-        )
+        train = role == "assistant"
+        if train and len(message) > 2:  # OpenAI's weight 0 keeps an answer as context
+            train = message.get("train") is not False and message.get("weight") != 0
         turns.append((role, pieces, train))
     return turns
 
 
 def check_turns(turns: list[tuple[Role, list[Piece], bool]], place: Place) -> None:
     """Order of roles, presence of answers, and no media outside user turns."""
-    expected: Role | None = None
-    for number, (role, _, _) in enumerate(turns):
-        if role == "system" and number == 0:
-            continue
-        if role != (expected or "user"):
+    expected: Role = "user"
+    for number, (role, pieces, _) in enumerate(turns):
+        if role != expected and (role != "system" or number):
             before = turns[number - 1][0] if number else "nothing"
             raise place.error(
                 "turn_order",
                 f"has a {role} turn after {before} (turn {number}); turns must alternate user, assistant.",
             )
-        expected = "assistant" if role == "user" else "user"
-    for number, (role, pieces, _) in enumerate(turns):
         if role == "user":
+            expected = "assistant"
             continue
-        if any(not isinstance(p, str) for p in pieces):
-            raise place.error(
-                "marker_in_answer",
-                f"has a media marker in {role} turn {number}; only user turns may hold media.",
-            )
-        if role == "assistant" and not any(p.strip() for p in cast("list[str]", pieces)):
+        expected = "user"
+        blank = True
+        for piece in pieces:
+            if not isinstance(piece, str):
+                raise place.error(
+                    "marker_in_answer",
+                    f"has a media marker in {role} turn {number}; only user turns may hold media.",
+                )
+            blank = blank and not piece.strip()
+        if blank and role == "assistant":
             raise place.error("empty_answer", f"has an empty answer in turn {number}.")
     if not turns or turns[-1][0] != "assistant":
         raise place.error(
@@ -221,10 +221,17 @@ def media_fields(
 ) -> tuple[list[MediaRef], list[MediaRef]]:
     """Images and videos of the row's media fields, each in order."""
     clip = _clip(row, place)
-    images = _field_media(row, "image", "image", attrs, place, None)
-    images += _field_media(row, "images", "image", attrs, place, None)
-    videos = _field_media(row, "video", "video", attrs, place, clip)
-    videos += _field_media(row, "videos", "video", attrs, place, clip)
+    images: list[MediaRef] = []
+    videos: list[MediaRef] = []
+    for key, kind, found in (
+        ("image", "image", images),
+        ("images", "image", images),
+        ("video", "video", videos),
+        ("videos", "video", videos),
+    ):
+        value = row.get(key)
+        if value is not None and value != "" and value != []:
+            found += _field_media(value, key, kind, attrs, place, clip if kind == "video" else None)
     if images and not videos and row.get("type") == "video":
         images, videos = [], _images_as_videos(row, images, clip)
     return images, videos
@@ -250,12 +257,15 @@ def _images_as_videos(
 
 def number_or_none(value: Any) -> float | None:
     """A finite number as float; anything else is None."""
+    if value is None:
+        return None
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     return None
 
 
-def _text_or_none(value: Any) -> str | None:
+def text_or_none(value: Any) -> str | None:
+    """Text that is not empty; anything else is None."""
     return value if isinstance(value, str) and value else None
 
 
@@ -269,7 +279,7 @@ def _capability(row: Row, attrs: SourceAttrs, fmt: Format) -> str | None:
 
 def _clip(row: Row, place: Place) -> tuple[float, float] | None:
     start, end = row.get("video_start"), row.get("video_end")
-    if start is None and end is None:
+    if start is end is None:
         return None
     first = 0.0 if start is None else number_or_none(start)
     last = number_or_none(end)
@@ -282,16 +292,13 @@ def _clip(row: Row, place: Place) -> tuple[float, float] | None:
 
 
 def _field_media(
-    row: Row,
+    value: Any,
     key: str,
     kind: str,
     attrs: SourceAttrs,
     place: Place,
     clip: tuple[float, float] | None,
 ) -> list[MediaRef]:
-    value = row.get(key)
-    if value is None or value == "" or value == []:
-        return []
     if not isinstance(value, list):
         return [_medium(value, kind, key, -1, attrs, place, clip)]
     paths = [v for v in value if isinstance(v, str)]
@@ -412,9 +419,14 @@ def _assign(
     place: Place,
 ) -> list[MediaRef]:
     """Replace markers by indices into the media list, in marker order; returns that list."""
-    num_image = sum([pieces.count(_IMAGE) for _, pieces, _ in turns])
-    num_video = sum([pieces.count(_VIDEO) for _, pieces, _ in turns])
-    inline = any(isinstance(p, MediaRef) for _, pieces, _ in turns for p in pieces)
+    num_image = num_video = 0
+    inline = False
+    for _, pieces, _ in turns:
+        for piece in pieces:
+            if not isinstance(piece, str):
+                num_image += piece == _IMAGE
+                num_video += piece == _VIDEO
+                inline = inline or isinstance(piece, MediaRef)
     if not (num_image or num_video or inline):
         if images or videos:
             first_user = next(pieces for role, pieces, _ in turns if role == "user")

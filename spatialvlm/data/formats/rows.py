@@ -7,7 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from spatialvlm.data.formats.base import Format, Place, Row, SourceAttrs, media_path, video_ref
-from spatialvlm.data.formats.conversation import build_sample, number_or_none, parse_turns
+from spatialvlm.data.formats.conversation import (
+    build_sample,
+    number_or_none,
+    parse_turns,
+    text_or_none,
+)
 from spatialvlm.data.sample import MediaRef, Sample
 from spatialvlm.typing import MarkSpec
 
@@ -54,8 +59,8 @@ def read_rows(row: Row, attrs: SourceAttrs, place: Place, fmt: Format) -> list[S
         "formats_ok": tuple(formats_ok),
         "margin": _margin_norm(row.get("margin")),
         "difficulty": number_or_none(row.get("difficulty")),
-        "scene_id": _text(row.get("scene_id")),
-        "room_id": _text(row.get("room_id")),
+        "scene_id": text_or_none(row.get("scene_id")),
+        "room_id": text_or_none(row.get("room_id")),
         "capability": _capability(row, attrs),
         "coords": attrs.coords or ("norm1000" if row.get("answer_type") == "box" else "none"),
         "meta": meta,
@@ -124,12 +129,8 @@ def _margin_norm(value: Any) -> float | None:
 
 
 def _capability(row: Row, attrs: SourceAttrs) -> str | None:
-    raw = _text(row.get("capability")) or _text(row.get("task"))
+    raw = text_or_none(row.get("capability")) or text_or_none(row.get("task"))
     return raw if raw is None or attrs.capability_map is None else attrs.capability_map.get(raw)
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
 
 
 def _json(text: str, key: str, place: Place) -> Any:

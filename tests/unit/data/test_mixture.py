@@ -9,7 +9,7 @@ import pytest
 
 from spatialvlm.data.mixture import Mixture, SourceRows, cut_units, mixture_for_steps
 from spatialvlm.data.sample import Draw
-from spatialvlm.errors import ConfigError, StateError
+from spatialvlm.errors import ConfigError, DataError, StateError
 
 
 def rows(name, family="spatial", groups=(1,) * 100, text=0, **fields):
@@ -289,3 +289,40 @@ def test_a_source_of_weight_zero_is_named():
     order = Mixture([rows("s"), rows("t", repeat=0)], {"spatial": 1}, samples=10)
     assert order.warnings == ["never drawn because their weight is 0: t"]
     assert (order.draws(0, 100)["source"] == 0).all()
+
+
+def test_cached_units_give_the_same_order_and_are_pickled_by_path(tmp_path):
+    groups = [8, 5, 3, 1, 1] * 50
+    difficulty = np.linspace(0, 1, 900).astype(np.float32)
+    for fields, options in (
+        ({}, {}),
+        ({"fraction": 0.5}, {}),
+        ({"difficulty": difficulty}, {"curriculum_buckets": 4}),
+    ):
+        orders = [
+            Mixture(
+                [rows("s", groups=groups, cache_dir=cache, **fields)],
+                {"spatial": 1},
+                branches=8,
+                samples=1,
+                **options,
+            )
+            for cache in (None, tmp_path, tmp_path)
+        ]
+        for order in orders[1:]:
+            assert np.array_equal(order.draws(0, 3000), orders[0].draws(0, 3000))
+            assert order.fingerprint == orders[0].fingerprint
+        state = pickle.dumps(orders[2])
+        assert len(state) < 5000 < len(pickle.dumps(orders[0]))
+        assert np.array_equal(pickle.loads(state).draws(0, 99), orders[0].draws(0, 99))
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_failed_write_leaves_no_units(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("spatialvlm.data.mixture.np.save", full)
+    with pytest.raises(DataError, match="No space left"):
+        Mixture([rows("s", cache_dir=tmp_path)], {"spatial": 1}, samples=1)
+    assert list(tmp_path.iterdir()) == []
