@@ -254,6 +254,10 @@ class Mixture:
         }
         """Everything the order depends on, as hashes or values."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        # columns of the row tables stay here: they serve `shares`, which workers have no use for
+        return self.__dict__ | {"_capability_ids": [None] * len(self.source_names)}
+
     @property
     def fingerprint(self) -> str:
         """Identity of the order; a state of another order cannot be resumed."""

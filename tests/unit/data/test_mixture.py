@@ -65,8 +65,8 @@ def test_random_mixtures_at_equals_draws_and_rows_come_once_per_epoch():
     rng = random.Random(0)
     for _ in range(200):
         order, sources = random_mixture(rng)
-        draws = order.draws(0, 2000)
-        for p in rng.sample(range(2000), 20):
+        draws = order.draws(0, 1000)
+        for p in rng.sample(range(1000), 10):
             assert order.at(p) == Draw(*draws[p].item())
         start = rng.randrange(10**6)
         assert np.array_equal(
@@ -80,7 +80,7 @@ def test_random_mixtures_at_equals_draws_and_rows_come_once_per_epoch():
         # a unit's rows stand next to each other inside the family
         for family in {s.family for s in sources}:
             members = [i for i, s in enumerate(sources) if s.family == family]
-            mine = draws[np.isin(draws["source"], members)]
+            mine = draws[np.isin(draws["source"], members)][:200]
             for key, unit in itertools.groupby(mine, lambda d: (d["lane"], d["epoch"], d["unit"])):
                 branches = [int(d["branch"]) for d in unit]
                 assert branches == sorted(branches), key
@@ -292,8 +292,8 @@ def test_a_source_of_weight_zero_is_named():
 
 
 def test_cached_units_give_the_same_order_and_are_pickled_by_path(tmp_path):
-    groups = [8, 5, 3, 1, 1] * 50
-    difficulty = np.linspace(0, 1, 900).astype(np.float32)
+    groups = [8, 5, 3, 1, 1] * 500
+    difficulty = np.linspace(0, 1, 9000).astype(np.float32)
     for fields, options in (
         ({}, {}),
         ({"fraction": 0.5}, {}),
@@ -313,7 +313,7 @@ def test_cached_units_give_the_same_order_and_are_pickled_by_path(tmp_path):
             assert np.array_equal(order.draws(0, 3000), orders[0].draws(0, 3000))
             assert order.fingerprint == orders[0].fingerprint
         state = pickle.dumps(orders[2])
-        assert len(state) < 5000 < len(pickle.dumps(orders[0]))
+        assert 5 * len(state) < len(pickle.dumps(orders[0]))
         assert np.array_equal(pickle.loads(state).draws(0, 99), orders[0].draws(0, 99))
     assert len(list(tmp_path.iterdir())) == 3
 
