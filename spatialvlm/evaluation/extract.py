@@ -383,7 +383,8 @@ def first_number_or_words(text: str) -> float | None:
     numeral = re.search(r"-?\d+(?:\.\d+)?", text)
     run = _RUN.search(text)
     if run and (numeral is None or run.start() < numeral.start()):
-        return float(_word_value(re.findall("[a-z]+", run.group())))
+        value = _word_value(re.findall("[a-z]+", run.group()))
+        return float(value) if value < 10**18 else None  # "hundred hundred hundred ..."
     return _finite(numeral.group()) if numeral else None
 
 
