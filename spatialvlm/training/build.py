@@ -14,6 +14,7 @@ from torch import nn
 
 from spatialvlm.config import TrainConfig
 from spatialvlm.errors import ConfigError, LaunchError
+from spatialvlm.models.build import cost_coefficients
 from spatialvlm.models.param_groups import freeze_modules, split_parts
 from spatialvlm.models.spatial_vlm import SpatialVLM
 from spatialvlm.training.distributed import Processes, launched_with_deepspeed
@@ -162,10 +163,6 @@ def build_engine(
         bf16=bf16,
         deepspeed=settings,
     )
-
-
-def cost_coefficients(model, **kw):  # TEMPORARY
-    return CostCoefficients(1e6, 1e3, 1e6, 1e6, 1e3)
 
 
 @dataclass(frozen=True, slots=True)

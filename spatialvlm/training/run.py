@@ -322,7 +322,7 @@ def _check_backbone(config: TrainConfig, path: Path) -> None:
         )
 
 
-def backbone_config(name: str) -> dict[str, Any]:
+def backbone_file(name: str) -> Path:
     """``configs/backbones/<name>.json``.
 
     Raises:
@@ -333,7 +333,12 @@ def backbone_config(name: str) -> dict[str, Any]:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
         raise ConfigError(f"model.backbone={name!r} is not one of: {known}")
-    values: dict[str, Any] = json.loads(path.read_text())
+    return path
+
+
+def backbone_config(name: str) -> dict[str, Any]:
+    """Contents of :func:`backbone_file`."""
+    values: dict[str, Any] = json.loads(backbone_file(name).read_text())
     return values
 
 

@@ -157,7 +157,7 @@ def test_other_parameters_are_refused_by_name(store):
     model = FakeVLM()
     _, groups, factory = prepare(model, {"language_model": 1e-3})
     other = make_engine("ddp", model, groups, factory, ONE, max_grad_norm=1.0, bf16=False)
-    with pytest.raises(CheckpointError, match="only in the checkpoint .*embed_tokens"):
+    with pytest.raises(CheckpointError, match=r"only in the checkpoint .*embed_tokens"):
         load_checkpoint(path, other, ONE)
 
 

@@ -80,5 +80,5 @@ def test_table_names_the_largest_item_and_what_fits():
     assert "zero3" in format_memory(rows)
     assert require_fit(by_key["zero2", 8], strict=True, device_gb=80) is None
     assert "of 80.0 GB" in require_fit(by_key["ddp", 1], strict=False, device_gb=80)
-    with pytest.raises(ConfigError, match="Lower packing.max_tokens"):
+    with pytest.raises(ConfigError, match=r"Lower packing.max_tokens"):
         require_fit(by_key["ddp", 1], strict=True, device_gb=80)

@@ -102,11 +102,11 @@ def test_refusals_name_what_is_wrong():
     parts = model.parts()
     freeze_by_rate(parts, RATES)
     model.extra = nn.Linear(2, 2)
-    with pytest.raises(ConfigError, match="extra.weight trains but belongs to no part"):
+    with pytest.raises(ConfigError, match=r"extra.weight trains but belongs to no part"):
         plan_groups(model, parts, RATES)
     del model.extra
     with pytest.raises(
-        ConfigError, match="geometry_fusion has learning rate 0.001 but no parameters"
+        ConfigError, match=r"geometry_fusion has learning rate 0.001 but no parameters"
     ):
         plan_groups(model, parts, {**RATES, "geometry_fusion": 1e-3})
     with pytest.raises(ConfigError, match="is in language_model and in projector"):

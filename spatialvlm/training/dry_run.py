@@ -1,0 +1,258 @@
+"""``--dry-run``: what would be trained, on what, and what it needs, without weights, data, or a GPU.
+
+Parameters and FLOPs come from the model on the meta device; data files that are not there are listed as such,
+only a real run fails on them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spatialvlm.config import TrainConfig, dump_yaml
+from spatialvlm.config.data import SourceConfig
+from spatialvlm.models.build import build_meta_model
+from spatialvlm.models.spatial_vlm import SpatialVLM
+from spatialvlm.training.build import build_cost, build_groups
+from spatialvlm.training.estimate import (
+    activation_bytes,
+    format_memory,
+    memory_table,
+    require_fit,
+    text_decoder,
+    vision_decoder,
+)
+from spatialvlm.training.metrics import peak_flops
+from spatialvlm.training.optim import group_table, make_schedule
+from spatialvlm.training.progress import duration
+from spatialvlm.training.run import backbone_config, backbone_file
+from spatialvlm.typing import CostCoefficients
+
+ASSUMED_MFU = 0.4
+"""Utilisation behind the time estimate; stated beside it."""
+REFERENCE_TFLOPS = 989.0
+"""H100 and H200, dense bf16, used when no known GPU is present."""
+VISUAL_SHARE = 0.5
+"""Share of a pack's tokens that are visual, for activations and FLOPs before lengths are known."""
+SUPERVISED_SHARE = 0.1
+
+
+def dry_run(config: TrainConfig) -> None:
+    """Print the resolved configuration, groups, data, steps, FLOPs, time and memory.
+
+    Raises:
+        ConfigError: Groups, warm-up, or (``memory.strict``) memory do not work out.
+    """
+    out = sys.stdout
+    out.write(f"--- configuration\n{dump_yaml(config)}")
+    model = build_meta_model(backbone_file(config.model.backbone), config.geometry)
+    if config.lora is not None:
+        model = add_adapters(config, model)
+    parts, groups = build_groups(config, model)
+    trainable = sum(group.numel for group in groups)
+    total = sum(p.numel() for _, members in parts.items() for _, p in members)
+    out.write(f"\n--- parameter groups ({trainable:,} of {total:,} parameters train)\n")
+    out.write(group_table(parts, groups) + "\n")
+    for group in groups:
+        out.write(
+            f"  {group.name}: lr {group.lr:g}, weight decay {group.weight_decay:g}, {group.numel:,} parameters\n"
+        )
+    out.write("\n--- data\n" + describe_data(config) + "\n")
+    steps = planned_steps(config)
+    if steps is not None:
+        schedule = make_schedule(
+            config.schedule.kind,
+            steps,
+            warmup_ratio=None
+            if config.schedule.warmup_steps is not None
+            else config.schedule.warmup_ratio,
+            warmup_steps=config.schedule.warmup_steps,
+            min_ratio=config.schedule.min_ratio,
+        )
+        out.write(f"steps: {steps:,}, warm-up {schedule.warmup_steps:,}\n")
+    else:
+        out.write("steps: unknown until the data files are here\n")
+    out.write("\n--- compute\n" + describe_compute(config, model, steps) + "\n")
+    out.write("\n--- memory\n" + describe_memory(config, trainable, total - trainable) + "\n")
+
+
+def add_adapters(config: TrainConfig, model: SpatialVLM) -> SpatialVLM:
+    """Low-rank adapters on the meta device."""
+    from spatialvlm.training.build import adapt
+
+    adapt(config, model)
+    return model
+
+
+def source_files(source: SourceConfig) -> list[Path]:
+    """Data files of a source that exist."""
+    root = Path(source.root)
+    return sorted(path for pattern in source.files for path in root.glob(pattern) if path.is_file())
+
+
+def count_rows(path: Path) -> int | None:
+    """Rows of a data file, from its footer or its line breaks; ``None`` for other formats."""
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        return int(parquet.ParquetFile(path).metadata.num_rows)
+    if path.suffix == ".jsonl":
+        with path.open("rb") as file:
+            return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
+    return None
+
+
+def rows_of(source: SourceConfig) -> int | None:
+    """Rows of a source after ``fraction`` and ``max_samples``; ``None`` when unknown."""
+    files = source_files(source)
+    counts = [count_rows(path) for path in files]
+    if not files or any(count is None for count in counts):
+        return None
+    rows = round(sum(count for count in counts if count) * source.fraction)
+    return rows if source.max_samples is None else min(rows, source.max_samples)
+
+
+def describe_data(config: TrainConfig) -> str:
+    """Sources with their sizes, and the configured mixture."""
+    weights = {name: w for name, w in config.data.families.items() if w > 0}
+    total = sum(weights.values())
+    lines = ["source                family        rows       repeat  files"]
+    for source in config.data.sources:
+        rows = rows_of(source)
+        files = source_files(source)
+        where = f"{len(files)} file(s)" if files else f"not found: {source.root}/{source.files[0]}"
+        shown = "unknown" if rows is None else f"{rows:,}"
+        lines.append(
+            f"{source.name:20}  {source.family:12}  {shown:>9}  {source.repeat:6g}  {where}"
+        )
+    shares = ", ".join(f"{name} {w / total:.1%}" for name, w in weights.items())
+    lines.append(f"mixture by {config.data.unit}: {shares}")
+    if config.step.unit == "samples":
+        lines.append(
+            f"a step: {config.step.global_batch_size} samples over all ranks, in packs of at most "
+            f"{config.packing.max_tokens:,} tokens"
+        )
+    else:
+        packs = config.step.packs_per_step or 0
+        lines.append(
+            f"a step: {packs} packs of at most {config.packing.max_tokens:,} tokens, so at most "
+            f"{packs * config.packing.max_tokens:,} tokens per step"
+        )
+    return "\n".join(lines)
+
+
+def planned_steps(config: TrainConfig) -> int | None:
+    """Optimizer steps, when they follow from the recipe or from rows that are here."""
+    length, batch = config.data.length, config.step.global_batch_size
+    if length.steps is not None:
+        return length.steps
+    if config.step.unit == "packs":
+        return None
+    if length.samples is not None:
+        return length.samples // batch
+    families = {name: w for name, w in config.data.families.items() if w > 0}
+    of = length.of or ("spatial" if "spatial" in families else next(iter(families)))
+    rows = [
+        (rows_of(source), source.repeat) for source in config.data.sources if source.family == of
+    ]
+    if any(count is None for count, _ in rows):
+        return None
+    own = sum(count * repeat for count, repeat in rows if count is not None)
+    assert length.epochs is not None
+    return (
+        int(own * config.data.fraction * length.epochs * sum(families.values()) / families[of])
+        // batch
+    )
+
+
+def pack_flops(config: TrainConfig, cost: CostCoefficients, merge: int) -> float:
+    """Training FLOPs of one full pack under the stated shares, attention inside samples of 1,024 tokens."""
+    tokens = config.packing.max_tokens
+    sample = min(1024, tokens)
+    patches = tokens * VISUAL_SHARE * merge
+    return (
+        cost.per_token * tokens
+        + cost.per_pair * tokens / sample * sample * (sample + 1) / 2
+        + cost.per_head_row * tokens * SUPERVISED_SHARE
+        + cost.per_patch * patches
+        + cost.per_patch_pair * patches * min(1024, patches)
+    )
+
+
+def describe_compute(config: TrainConfig, model: SpatialVLM, steps: int | None) -> str:
+    """FLOPs per token and per pack, and the time they imply."""
+    cost = build_cost(config, model)
+    merge = model.adapter.pixels.merge**2
+    need, spent = pack_flops(config, cost.model, merge), pack_flops(config, cost.balance, merge)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peak = peak_flops(device) or REFERENCE_TFLOPS * 1e12
+    world = config.parallel.world_size or int(os.environ.get("WORLD_SIZE", "8"))
+    seconds = need / (peak * ASSUMED_MFU)
+    lines = [
+        f"per language-model token {cost.model.per_token / 1e9:.2f} GFLOP, per vision patch "
+        f"{cost.model.per_patch / 1e9:.2f} GFLOP (forward and backward of what trains)",
+        f"a full pack ({VISUAL_SHARE:.0%} visual, {SUPERVISED_SHARE:.0%} supervised): {need / 1e12:.1f} TFLOP, "
+        f"{spent / 1e12:.1f} with recomputation",
+        f"time: about {seconds:.2f} s per pack and device at {ASSUMED_MFU:.0%} of {peak / 1e12:.0f} TFLOP/s (an "
+        "assumption, not a measurement)",
+    ]
+    packs = config.step.packs_per_step
+    if packs is not None:
+        lines.append(
+            f"      about {duration(1000 * seconds * packs / world)} per 1,000 steps on {world} devices"
+        )
+    elif steps is not None:
+        lines.append(
+            f"      at most {duration(steps * seconds * config.step.global_batch_size / world)} for {steps:,} steps on "
+            f"{world} devices, if every sample filled a pack"
+        )
+    return "\n".join(lines)
+
+
+def describe_memory(config: TrainConfig, trainable: int, frozen: int) -> str:
+    """Memory per strategy and number of devices.
+
+    Raises:
+        ConfigError: With ``memory.strict``, when the configured strategy does not fit the device.
+    """
+    backbone: dict[str, Any] = backbone_config(config.model.backbone)
+    text, vision = text_decoder(backbone), vision_decoder(backbone)
+    tokens = config.packing.max_tokens
+    activations = activation_bytes(
+        text,
+        vision,
+        tokens=tokens,
+        patches=int(tokens * VISUAL_SHARE * 4),
+        head_rows=config.memory.head_rows,
+        supervised=int(tokens * SUPERVISED_SHARE),
+        checkpoint_text=config.memory.checkpoint_language_model,
+        checkpoint_vision=config.memory.checkpoint_vision,
+        vision_trains=config.optim.vision_lr is not None,
+    )
+    device = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    given = config.parallel.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    rows = memory_table(
+        trainable=trainable,
+        frozen=frozen,
+        worlds=tuple(sorted({1, 8, given})),
+        activations=activations,
+        largest_block=max(text.vocab * text.hidden, 1),
+        geometry=config.geometry is not None and config.geometry.encoder != "none",
+        bf16=config.precision == "bf16",
+        device_bytes=device,
+    )
+    lines = [
+        f"one pack of {tokens:,} tokens; activations: "
+        + ", ".join(f"{name} {value / 1e9:.1f} GB" for name, value in activations.items()),
+        format_memory(rows),
+    ]
+    if device is not None:
+        wanted = "fsdp2" if config.parallel.strategy == "fsdp2" else "ddp"
+        row = next(r for r in rows if r.strategy == wanted and r.world == given)
+        warning = require_fit(row, strict=config.memory.strict, device_gb=device / 1e9)
+        lines += [] if warning is None else [f"warning: {warning}"]
+    return "\n".join(lines)
