@@ -167,9 +167,10 @@ def _open(path: Path) -> Image.Image:
     return image
 
 
-def _pixels(image: Image.Image, path: Path) -> Array:
+def _pixels(path: Path, mode: str | None = None) -> Array:
+    image = _open(path)
     try:
-        return np.asarray(image)
+        return np.asarray(image if mode is None else image.convert(mode))
     except OSError as error:
         raise SceneSchemaError(f"{path}: the image is truncated: {error}.") from error
 
@@ -179,7 +180,7 @@ def load_rgb(scene: Scene, frame: Frame) -> npt.NDArray[np.uint8]:
     if frame.rgb is None:
         raise SceneSchemaError(f"{scene.scene_id}, frame {frame.frame_id}: has no colour image.")
     path = scene.path(frame.rgb)
-    return _pixels(_open(path).convert("RGB"), path)
+    return _pixels(path, "RGB")
 
 
 def load_depth(scene: Scene, frame: Frame) -> npt.NDArray[np.float32]:
@@ -193,7 +194,7 @@ def load_depth(scene: Scene, frame: Frame) -> npt.NDArray[np.float32]:
     if frame.depth is None:
         raise SceneSchemaError(f"{scene.scene_id}, frame {frame.frame_id}: has no depth.")
     path = scene.path(frame.depth)
-    depth = _pixels(_open(path), path).astype(np.float32) / frame.depth_scale
+    depth = _pixels(path).astype(np.float32) / frame.depth_scale
     where = f"{scene.scene_id}, frame {frame.frame_id}"
     aspect = (depth.shape[1] / depth.shape[0]) / (frame.width / frame.height)
     if abs(aspect - 1) > 0.01:
@@ -235,7 +236,7 @@ def load_instances(scene: Scene, frame: Frame) -> npt.NDArray[np.uint16]:
     if frame.instance_map is None:
         raise SceneSchemaError(f"{scene.scene_id}, frame {frame.frame_id}: has no instance map.")
     path = scene.path(frame.instance_map)
-    ids = _pixels(_open(path), path)
+    ids = _pixels(path)
     if ids.ndim != 2 or ids.shape != (frame.height, frame.width):
         raise SceneSchemaError(
             f"{path}: instance map has shape {ids.shape}, the image is "
