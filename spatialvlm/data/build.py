@@ -15,7 +15,7 @@ from spatialvlm.data.lengths import LengthTable
 from spatialvlm.data.loader import StepLoader
 from spatialvlm.data.media.plan import MediaPolicy
 from spatialvlm.data.media.store import FrameCache, MediaStore
-from spatialvlm.data.mixture import Mixture, SourceRows
+from spatialvlm.data.mixture import Mixture, SourceRows, mixture_for_steps
 from spatialvlm.data.plan import PackingArgs
 from spatialvlm.data.prepare import DrawMarks, ExpandFormat, SampleEncoder, SourceMedia
 from spatialvlm.data.sample import World
@@ -51,6 +51,7 @@ def build_data(
     draw_marks: DrawMarks | None = None,
     expand_format: ExpandFormat | None = None,
     state: Mapping[str, Any] | None = None,
+    workers: int = 1,
     report: Callable[[str], None] = lambda _: None,
 ) -> StepLoader:
     """Index, measure, and order the sources of a run.
@@ -66,6 +67,7 @@ def build_data(
         draw_marks: Draws marks into frames, picklable.
         expand_format: Realises instruction formats, picklable.
         state: Loader state to resume from.
+        workers: Processes that index and measure.
         report: Called with one line of text per stage of the work.
 
     Raises:
@@ -80,6 +82,7 @@ def build_data(
         blocked_key=blocked_key,
         draw_marks=draw_marks,
         expand_format=expand_format,
+        workers=workers,
     )
     lengths = LengthTable(encoder)
     mode = choose_length_mode(config.data, lengths)
@@ -87,7 +90,7 @@ def build_data(
         for number, index in enumerate(encoder.indices):
             if not lengths.complete(number):
                 report(f"measuring {len(index)} rows of {index.source.name}")
-            lengths.measure_all(number)
+            lengths.measure_all(number, workers)
             section = config.data.sources[number]
             own = section.max_bad_fraction
             lengths.check(
@@ -124,6 +127,7 @@ def build_encoder(
     blocked_key: str = "",
     draw_marks: DrawMarks | None = None,
     expand_format: ExpandFormat | None = None,
+    workers: int = 1,
 ) -> SampleEncoder:
     """Sources, row tables, media access and template of a run.
 
@@ -144,6 +148,7 @@ def build_encoder(
             data.index_dir,
             check=blocked,
             check_key=blocked_key,
+            workers=workers,
             max_rejected_fraction=data.max_rejected_fraction,
         )
         check_blocked(index, data)
@@ -333,11 +338,14 @@ def build_mixture(
     samples = length.samples
     if length.steps is not None:
         samples = length.steps * config.step.global_batch_size
-    return Mixture(
+    shared = config.shared_prefix
+    return mixture_for_steps(
         rows,
         data.families,
+        global_batch_size=config.step.global_batch_size,
+        max_branches=shared.max_branches if shared.enabled else 1,
+        min_media_per_step=shared.min_media_per_step if shared.enabled else 1,
         seed=data.seed,
-        branches=config.shared_prefix.max_branches if config.shared_prefix.enabled else 1,
         unit=data.unit,
         capabilities=data.capabilities,
         curriculum_buckets=data.curriculum.buckets if data.order == "curriculum" else 0,

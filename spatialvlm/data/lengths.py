@@ -6,7 +6,9 @@ folder of the row table, whose key covers the files. The mixture is no part of i
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import multiprocessing
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from spatialvlm.data.sample import DrawArray, LengthArray
 
 _VERSION = 1
+_CHUNK = 2048
+"""Rows measured at a time by a process."""
 
 
 class LengthTable:
@@ -66,12 +70,39 @@ class LengthTable:
                 reasons[row] = 1 + LOAD_REASONS.index(error.reason)
                 self.messages[source, int(row)] = str(error)
 
-    def measure_all(self, source: int) -> None:
-        """Measure every eligible row of a source and write the cache."""
+    def measure_all(self, source: int, workers: int = 1) -> None:
+        """Measure every eligible row of a source and write the cache.
+
+        One process per host does it, others wait and read the result.
+
+        Args:
+            source: Its number.
+            workers: Processes.
+        """
         if self.complete(source):
             return
-        self.measure(source, np.flatnonzero(self.encoder.indices[source].eligible()))
-        self._save(source)
+        lock = self._path(source).with_suffix(".lock")
+        with lock.open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            self.records[source], self.reasons[source] = self._load(source)
+            if self.complete(source):
+                return
+            rows = np.flatnonzero(self.encoder.indices[source].eligible())
+            if workers > 1 and len(rows) > _CHUNK:
+                self._measure_in_parallel(source, rows, workers)
+            else:
+                self.measure(source, rows)
+            self._save(source)
+
+    def _measure_in_parallel(self, source: int, rows: npt.NDArray[np.int64], workers: int) -> None:
+        chunks = [rows[at : at + _CHUNK] for at in range(0, len(rows), _CHUNK)]
+        context = multiprocessing.get_context("forkserver")
+        with context.Pool(workers, _start_measuring, (self.encoder, source)) as pool:
+            for chunk, (records, reasons) in zip(
+                chunks, pool.imap(_measure_chunk, chunks), strict=True
+            ):
+                self.records[source][chunk] = records
+                self.reasons[source][chunk] = reasons
 
     def usable(self, source: int) -> npt.NDArray[np.bool_]:
         """Rows that can be trained on, as far as measured."""
@@ -167,3 +198,19 @@ class LengthTable:
         partial = path.with_suffix(".partial.npz")
         np.savez(partial, records=self.records[source], reasons=self.reasons[source])
         partial.replace(path)
+
+
+_measured: list[tuple[LengthTable, int]] = []
+"""Table and source of a measuring process."""
+
+
+def _start_measuring(encoder: SampleEncoder, source: int) -> None:
+    _measured[:] = [(LengthTable(encoder), source)]
+
+
+def _measure_chunk(
+    rows: npt.NDArray[np.int64],
+) -> tuple[LengthArray, npt.NDArray[np.uint8]]:
+    table, source = _measured[0]
+    table.measure(source, rows)
+    return table.records[source][rows], table.reasons[source][rows]
