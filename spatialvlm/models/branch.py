@@ -170,11 +170,10 @@ def _dinov2(
     )
 
 
-# A new encoder is one file in models/geometry and one entry here.
-ENCODERS: dict[str, Callable[[Mapping[str, Any], torch.device, torch.dtype], GeometryEncoder]] = {
-    "vggt": _vggt,
-    "dinov2": _dinov2,
-}
+def _meta_dinov2(settings: Mapping[str, Any]) -> GeometryEncoder:
+    from spatialvlm.models.geometry.dinov2 import meta_dinov2
+
+    return meta_dinov2(settings["source"], settings["layers"])
 
 
 def meta_encoder(settings: Mapping[str, Any]) -> GeometryEncoder:
@@ -206,12 +205,11 @@ def _meta_vggt(settings: Mapping[str, Any]) -> GeometryEncoder:
     return Vggt(build_meta(config, pairs), settings["layers"], settings["parts"])
 
 
-def _meta_dinov2(settings: Mapping[str, Any]) -> GeometryEncoder:
-    from spatialvlm.models.geometry.dinov2 import meta_dinov2
-
-    return meta_dinov2(settings["source"], settings["layers"])
-
-
+# A new encoder is one file in models/geometry and one entry in each of these.
+ENCODERS: dict[str, Callable[[Mapping[str, Any], torch.device, torch.dtype], GeometryEncoder]] = {
+    "vggt": _vggt,
+    "dinov2": _dinov2,
+}
 META_ENCODERS: dict[str, Callable[[Mapping[str, Any]], GeometryEncoder]] = {
     "vggt": _meta_vggt,
     "dinov2": _meta_dinov2,

@@ -129,11 +129,17 @@ def _geometry_costs(model: SpatialVLM, fusion_flops: float) -> dict[str, float]:
     shared = fusion_flops / (
         model.fusion.tau * merge
     )  # upper bound: the MLP runs per patch, the projector per unit
-    encoder = model.geometry.encoder
-    config = getattr(getattr(encoder, "aggregator", None), "config", None)
-    if config is None:
-        return {"geometry_per_token": shared}
-    channels, pairs = config.embed_dim, 1 + max(encoder.default_layers)  # type: ignore[union-attr]
+    encoder: Any = model.geometry.encoder
+    encoder = getattr(encoder, "encoder", encoder)  # behind the cache
+    if not hasattr(encoder, "aggregator"):  # one ViT, every frame alone
+        config = encoder.model.config
+        channels, layers = config.hidden_size, 1 + max(encoder.default_layers)
+        return {
+            "geometry_per_token": 24.0 * channels**2 * layers + shared,
+            "geometry_per_frame_pair": 4.0 * channels * layers,
+        }
+    config = encoder.aggregator.config
+    channels, pairs = config.embed_dim, 1 + max(encoder.default_layers)
     block = 24.0 * channels**2
     patch_embed = 6.0 * channels * config.patch_size**2
     return {
