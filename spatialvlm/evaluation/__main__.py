@@ -22,8 +22,9 @@ from spatialvlm.evaluation.scoring import UNPARSED, check_protocol, score, write
 
 def _score(args: argparse.Namespace) -> None:
     check_protocol(args.protocol)
+    ids = set(Path(args.ids).read_text().split()) if args.ids else None
     benchmark = load_benchmark(
-        args.bench, args.data, media_root=args.media_root, strict=args.strict
+        args.bench, args.data, media_root=args.media_root, ids=ids, strict=args.strict
     )
     predictions, warnings = read_predictions(args.pred, style=args.format)
     manifest_path = Path(args.pred[0]).with_name("manifest.json")
@@ -137,6 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("--strip-think", action="store_true")
     one.add_argument("--use-extracted", action="store_true")
     one.add_argument("--media-root")
+    one.add_argument("--ids", help="file with the ids of a subset, one per line")
     one.add_argument("--baselines", nargs="*", default=[])
     one.add_argument("--out", help="folder for result.json, per_item.csv, report.html")
     one.set_defaults(run=_score)

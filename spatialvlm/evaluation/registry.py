@@ -1,5 +1,6 @@
 """All benchmarks by name. A new one is a file in ``benchmarks`` and an entry in its ``SPECS``."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from spatialvlm.errors import ConfigError, DataError
@@ -32,10 +33,11 @@ def load_benchmark(
     path: str | Path,
     *,
     media_root: str | Path | None = None,
+    ids: Collection[str] | None = None,
     strict: bool = False,
 ) -> Benchmark:
     """Read a benchmark's local file; see :func:`~spatialvlm.evaluation.schema.load_items`."""
-    return load_items(find_spec(name), path, media_root=media_root, strict=strict)
+    return load_items(find_spec(name), path, media_root=media_root, ids=ids, strict=strict)
 
 
 def check_media(benchmark: Benchmark, limit: int = 20) -> None:

@@ -11,12 +11,12 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from spatialvlm.errors import ConfigError, DataError
+from spatialvlm.errors import DataError
 from spatialvlm.evaluation.metrics import Estimate
 
 Protocol = Literal["official", "lmms", "easi"]
@@ -323,10 +323,8 @@ def _read_table(path: Path, delimiter: str) -> list[Row]:
 
 
 def _read_parquet(path: Path) -> list[Row]:
-    try:
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise ConfigError(f'{path} needs pyarrow: pip install "spatialvlm[parquet]"') from None
+    import pyarrow.parquet as pq
+
     rows: list[Row] = pq.read_table(path).to_pylist()
     return rows
 
@@ -378,6 +376,7 @@ def load_items(
     path: str | Path,
     *,
     media_root: str | Path | None = None,
+    ids: Collection[str] | None = None,
     strict: bool = False,
 ) -> Benchmark:
     """Read and validate a benchmark file.
@@ -386,6 +385,7 @@ def load_items(
         spec: Which benchmark the file holds.
         path: The file (or a folder of parquet files).
         media_root: Folder that media paths are relative to; default: the folder of the file.
+        ids: Keep only these ids (a published subset).
         strict: Refuse a file whose item count differs from the published one.
 
     Raises:
@@ -405,7 +405,7 @@ def load_items(
         for number, row in enumerate(rows)
     ]
     unscored = sum(item.kind == "unscored" for item in items)
-    items = [item for item in items if item.kind != "unscored"]
+    items = [item for item in items if item.kind != "unscored" and (ids is None or item.id in ids)]
     if spec.select:
         items = spec.select(items)
     if not items:

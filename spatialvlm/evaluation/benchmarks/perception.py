@@ -317,7 +317,7 @@ def _parse_site(row: Row, item_id: str) -> Item:
     if len(options) < 2:
         raise DataError(
             f"item {item_id}: options {row['options']!r} do not parse to at least two; chance-adjusted "
-            "accuracy needs their number. Fix the row or pass --caa-default-options 4."
+            "accuracy needs their number; fix the row"
         )
     gold = choice_gold(bare_letter(row["answer"]), options, item_id)
     visual = as_list(row.get("visual"))
