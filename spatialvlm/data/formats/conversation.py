@@ -257,11 +257,13 @@ def _images_as_videos(
 
 def number_or_none(value: Any) -> float | None:
     """A finite number as float; anything else is None."""
-    if value is None:
+    if value is None or isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return None
+    try:
+        number = float(value)
+    except OverflowError:  # JSON integers have no bound
+        return None
+    return number if math.isfinite(number) else None
 
 
 def text_or_none(value: Any) -> str | None:

@@ -19,7 +19,11 @@ from spatialvlm.typing import MarkSpec
 _CONSUMED = frozenset(
     ["marks", "formats_ok", "frames_pinned", "capability", "margin", "media_kind"]
 )
-_MARK_KINDS = ("box", "mask", "point", "id")
+_MARK_CHOICES = {
+    "kind": ("box", "mask", "point", "id"),
+    "units": ("px", "norm1000"),
+    "style": ("default", "openspatial", "spar"),
+}
 
 
 def read_rows(row: Row, attrs: SourceAttrs, place: Place, fmt: Format) -> list[Sample]:
@@ -102,10 +106,17 @@ def _mark(item: Any, place: Place) -> MarkSpec:
             f"has the mark {item!r:.120}; expected an object with image, kind, color and of {sorted(known)}.",
         )
     values = {key: value for key, value in item.items() if value is not None}
-    if not isinstance(values.get("image"), int) or values.get("kind") not in _MARK_KINDS:
-        raise place.error(
-            "schema", f"has a mark of kind {item['kind']!r} on image {item['image']!r}."
-        )
+    if not {"image", "kind", "color"} <= values.keys():
+        raise place.error("schema", f"has the mark {item!r:.120} without image, kind, or color.")
+    types = {"image": int, "obj": int, "color": str, "name": str, "label": str}
+    for key, kind in types.items():
+        if key in values and not isinstance(values[key], kind):
+            raise place.error("schema", f"has a mark with {key} {values[key]!r:.60}.")
+    for key, choices in _MARK_CHOICES.items():
+        if key in values and values[key] not in choices:
+            raise place.error(
+                "schema", f"has a mark of {key} {values[key]!r:.60}; known: {', '.join(choices)}."
+            )
     for key, length in (("xy", 2), ("bbox", 4)):
         if key in values:
             numbers = values[key]

@@ -338,7 +338,7 @@ def test_generated_rows(tmp_path):
         ({"images": "x"}, "expected a list of paths"),
         ({"marks": "[{]"}, "invalid JSON in column 'marks'"),
         ({"marks": '[{"image": 0, "kind": "box"}]'}, "expected an object with image, kind, color"),
-        ({"marks": '[{"image": 0, "kind": "star", "color": "red"}]'}, "mark of kind 'star'"),
+        ({"marks": '[{"image": 0, "kind": "star", "color": "red"}]'}, "mark of kind 'star'; known: box"),
         (
             {"marks": '[{"image": 0, "kind": "box", "color": "red", "bbox": [1]}]'},
             "expected 4 numbers",
