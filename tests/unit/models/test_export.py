@@ -1,0 +1,88 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from spatialvlm.config.training import LoraConfig
+from spatialvlm.errors import CheckpointError, ConfigError
+from spatialvlm.models.export import export
+from spatialvlm.models.lora import adapter_tensors, save_adapters
+from spatialvlm.models.spatial_vlm import SpatialVLM
+from spatialvlm.testing.rig import FAMILIES
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_2d_export_of_a_3d_model_is_the_backbone(rig, family, tmp_path):
+    from transformers import AutoModelForImageTextToText
+
+    bench = rig(family, {})
+    final = bench.model.save_pretrained(tmp_path / "final")
+    folder = export(final, tmp_path / "out", variant="2d")
+    assert not any("spatial" in file.name for file in folder.iterdir())
+    model, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values())
+    original = AutoModelForImageTextToText.from_pretrained(bench.folder)
+    assert model.config.to_dict() == original.config.to_dict() | {"_name_or_path": str(folder)}
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+    card = (folder / "README.md").read_text()
+    assert "AutoModelForImageTextToText" in card
+    assert ("Positions:" in card) == (family != "internvl3")
+
+
+def test_3d_export_refers_to_the_encoder(rig, tmp_path):
+    bench = rig("qwen3vl", {})
+    bench.randomise_fusion()
+    final = bench.model.save_pretrained(tmp_path / "final")
+    folder = export(final, tmp_path / "out", variant="3d")
+    again = SpatialVLM.from_pretrained(folder)
+    assert torch.equal(again(bench.pack()).loss_sum, bench.model(bench.pack()).loss_sum)
+    card = (folder / "README.md").read_text()
+    assert bench.model.geometry.encoder.fingerprint in card
+    half = export(final, tmp_path / "half", variant="3d", dtype="bf16")
+    state = SpatialVLM.from_pretrained(half, dtype=torch.bfloat16).state_dict()
+    for name, tensor in bench.model.state_dict().items():
+        assert torch.equal(tensor.bfloat16(), state[name])
+    assert json.loads((half / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_adapters_merge_on_the_way(rig, tmp_path):
+    bench = rig("qwen3vl", lora=LoraConfig(r=4, alpha=8.0))
+    for parameter in adapter_tensors(bench.model).values():
+        torch.nn.init.normal_(parameter, std=0.05)
+    adapters = save_adapters(bench.model, tmp_path / "adapters")
+    folder = export(bench.folder, tmp_path / "out", variant="2d", adapters=adapters)
+    expected = bench.model(bench.pack()).loss_sum
+    torch.testing.assert_close(
+        SpatialVLM.from_pretrained(folder)(bench.pack()).loss_sum, expected, rtol=1e-5, atol=1e-4
+    )
+
+
+def test_refusals(rig, checkpoints, tmp_path):
+    with pytest.raises(ConfigError, match="no geometry branch"):
+        export(checkpoints["qwen3vl"], tmp_path / "out", variant="3d")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(CheckpointError, match="not empty"):
+        export(checkpoints["qwen3vl"], tmp_path / "full", variant="2d")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+        export(checkpoints["qwen3vl"], tmp_path / "new", variant="2d", adapters=tmp_path)
+
+
+def test_command_line(checkpoints, tmp_path):
+    command = [
+        sys.executable,
+        "tools/export.py",
+        str(checkpoints["qwen3vl"]),
+        str(tmp_path / "out"),
+    ]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "model.safetensors" in first.stdout
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert second.returncode == 2
+    assert "is not empty" in second.stderr
