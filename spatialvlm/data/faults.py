@@ -25,7 +25,7 @@ INDEX_REASONS = (
 
 LOAD_REASONS = (
     "overlong", "missing", "refused_path", "not_an_image", "truncated", "too_many_pixels", "aspect",
-    "frame_decode", "no_frames", "frame_size", "bad_cell", "mark", "format", "timeout",
+    "frame_decode", "no_frames", "frame_size", "bad_cell", "mark", "format", "timeout", "coord_range",
 )  # fmt: skip
 """Why a sample is replaced when it is planned or loaded."""
 
