@@ -1,0 +1,243 @@
+"""The HTML page: self-contained, escaped, complete with missing media, comparable over runs."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from spatialvlm.errors import DataError
+from spatialvlm.evaluation import charts
+from spatialvlm.evaluation.predictions import Prediction, write_predictions
+from spatialvlm.evaluation.registry import load_benchmark
+from spatialvlm.evaluation.report import pick_samples, read_baselines, text_table, write_report
+from spatialvlm.evaluation.runs import paired_macro, read_metrics, read_runs
+from spatialvlm.evaluation.scoring import score, write_result
+
+EVIL = '<script>alert(1)</script> & "quotes"'
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(folder / name)
+    mark = json.dumps([{"image": 0, "kind": "box", "color": "red", "bbox": [5, 5, 40, 40]}])
+    rows = []
+    for n in range(40):
+        kind = ["yesno", "mcq", "number", "coord"][n % 4]
+        rows.append(
+            {
+                "id": f"q{n}",
+                "task": f"task_{kind}" if kind != "coord" else "ssr_lcm",
+                "answer_type": kind,
+                "answer_json": json.dumps(
+                    {"yesno": True, "mcq": "bed", "number": 3, "coord": [4, 4]}[kind]
+                ),
+                "options": ["chair", "bed"] if kind == "mcq" else [],
+                "choice_idx": 1 if kind == "mcq" else None,
+                "scene_id": f"scene{n % 5}",
+                "evidence": '{"values": {"target_xy": [4, 4]}}',
+                "marks": mark if n == 0 else "[]",
+                "images": [["a.png"], ["b.png"], ["gone.png"]][n % 3],
+                "media_kind": "images",
+                "messages": [
+                    {"role": "user", "content": f"<image>\nQuestion {n} {EVIL}?"},
+                    {"role": "assistant", "content": "x"},
+                ],
+            }
+        )
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make_run(folder, data, seed, media="real"):
+    """A finished run with answers of different quality."""
+    bench = load_benchmark("spatialvlm_rows", data)
+    rng = np.random.default_rng(seed)
+    good = {"yesno": "Yes", "mcq": "B", "number": "3", "coord": "[4, 4]"}
+    bad = {"yesno": "no", "mcq": EVIL, "number": "7", "coord": "[1, 2]"}
+    answers = {
+        item.key: Prediction(item.id, (good if rng.random() < 0.2 + 0.3 * seed else bad)[item.kind])
+        for item in bench.items
+    }
+    out = folder / "spatialvlm_rows"
+    write_result(score(bench, answers), out)
+    write_predictions(
+        out / "predictions.jsonl", ({"id": p.id, "prediction": p.text} for p in answers.values())
+    )
+    manifest = {
+        "data_file": str(data),
+        "media_root": str(data.parent),
+        "media": media,
+        "checkpoint": EVIL,
+    }
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    found = [
+        make_run(folder / f"eval_{name}", data, seed)
+        for seed, name in enumerate(("stage1", "stage2"))
+    ]
+    found.append(make_run(folder / "eval_blind", data, 0, "drop"))
+    training = folder / "train"
+    training.mkdir()
+    steps = [
+        {"step": s, "loss": 3.0 / (s + 1), "lr/language_model": 1e-3, "grad_norm/total": 1.0}
+        for s in range(30)
+    ]
+    steps.insert(9, {**steps[9], "loss": 99.0})  # a step that was replayed later
+    (training / "metrics.jsonl").write_text(
+        "".join(json.dumps(s) + "\n" for s in steps) + '{"step": 30, "lo'
+    )
+    return found, training
+
+
+@pytest.fixture(scope="module")
+def page(runs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report") / "report.html"
+    benchmarks = write_report(runs[0], out, training=[runs[1]], title="Demo")
+    return out, out.read_text(), benchmarks
+
+
+def test_nothing_is_loaded_from_elsewhere(page):
+    _, text, _ = page
+    assert not re.search(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", text)
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+
+
+def test_the_page_has_all_parts(page):
+    out, text, _ = page
+    for part in (
+        "Scores by task",
+        "Paired differences",
+        "Tasks",
+        "Training loss",
+        "Learning rate per group",
+        "Sample answers, failures first",
+        "chance",
+        "stage1",
+        "blind",
+        "missing<br>gone.png",
+        "Cell error of LocalCogMap",
+        "Numbers: stage2",
+    ):
+        assert part in text, part
+    assert text.count("data:image/jpeg;base64,") >= 4
+    assert text.count('<article class="sample') == 12
+    first_right = text.find('class="sample right"')
+    assert text.rfind('class="sample wrong"') < first_right
+    table = out.with_suffix(".csv").read_text().splitlines()
+    assert table[0] == "benchmark,run,task,value,se,n,unparsed_rate,chance"
+    assert len(table) == 1 + 3 * 4
+
+
+def test_tags_are_balanced(page):
+    """Every opened element is closed, so browsers build the tree we meant."""
+    from html.parser import HTMLParser
+
+    void = {"meta", "img", "br", "line", "circle", "polyline", "rect"}
+    stack: list[str] = []
+
+    class Checker(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            if tag not in void:
+                stack.append(tag)
+
+        def handle_endtag(self, tag):
+            if tag not in void:
+                assert stack.pop() == tag
+
+    Checker().feed(page[1])
+    assert not stack
+
+
+def test_terminal_table(page):
+    text = text_table(page[2])
+    lines = text.splitlines()
+    assert lines[0].startswith("spatialvlm_rows  (protocol official")
+    assert lines[1].split() == ["task", "n", "stage1", "stage2", "blind", "chance"]
+    assert [line.split()[0] for line in lines[2:7]] == [
+        "ssr_lcm",
+        "task_mcq",
+        "task_number",
+        "task_yesno",
+        "macro",
+    ]
+
+
+def test_paired_difference(runs):
+    a, b, blind = read_runs(runs[0])["spatialvlm_rows"]
+    pair = paired_macro(b, a)
+    direct = b.result["headline"]["value"] - a.result["headline"]["value"]
+    assert pair.difference == pytest.approx(direct)
+    assert (pair.n, pair.clusters) == (40, 5)
+    assert blind.blind
+    assert not a.blind
+
+
+def test_metrics_keep_the_last_attempt_and_skip_a_cut_line(runs):
+    steps = read_metrics(runs[1])
+    assert [s["step"] for s in steps] == list(range(30))
+    assert all(s["loss"] < 10 for s in steps)
+
+
+def test_report_without_the_benchmark_file(runs, tmp_path):
+    import shutil
+
+    copy = tmp_path / "eval_copy"
+    shutil.copytree(runs[0][0], copy)
+    manifest = copy / "spatialvlm_rows" / "manifest.json"
+    manifest.write_text(json.dumps({"data_file": "/gone.jsonl"}))
+    write_report([copy], tmp_path / "r.html")
+    assert "No samples" in (tmp_path / "r.html").read_text()
+    with pytest.raises(DataError, match=r"holds no result.json"):
+        write_report([tmp_path / "nothing"], tmp_path / "x.html")
+    with pytest.raises(DataError, match=r"metrics.jsonl does not exist"):
+        write_report([copy], tmp_path / "x.html", training=[tmp_path])
+
+
+def test_samples_are_seeded_and_failures_first(runs):
+    items = read_runs(runs[0])["spatialvlm_rows"][1].items()
+    chosen = pick_samples(items, 12)
+    assert chosen == pick_samples(items, 12)
+    fails = [item.unparsed or item.score < 0.5 for item in chosen]
+    assert fails == sorted(fails, reverse=True)
+    assert len({item.question_type for item in chosen}) == 4
+    assert len(pick_samples(items, 1000)) == len(items)
+
+
+def test_baselines_name_their_source():
+    rows = read_baselines()
+    assert all(row.source and row.model for row in rows)
+    notes = {(row.model, row.benchmark, row.source.split(",")[0]): row.note for row in rows}
+    assert "61.6" in notes["SSR-3D", "viewspatial", "SSR"]
+    assert "16 frames" in notes["OpenSpatial-Qwen2.5-VL-7B", "vsi_bench", "OpenSpatial"]
+    assert "does not follow" in notes["Qwen3-VL-8B", "vsi_bench", "SSR"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 10, [0, 2, 4, 6, 8, 10]), (0, 0.002, [0, 0.0005, 0.001, 0.0015, 0.002]), (3, 3, [3])],
+)
+def test_ticks(low, high, expected):
+    assert charts.ticks(low, high) == pytest.approx(expected)
+
+
+def test_charts_leave_out_what_cannot_be_drawn():
+    assert charts.line_chart("t", [charts.Series("a", [1], [float("nan")], "#000")], "x", "y") == ""
+    assert charts.line_chart(
+        "t", [charts.Series("a", [1, 2], [0.0, 1.0], "#000")], "x", "y", log_y=True
+    )
+    rows = charts.bar_rows("t", [charts.Bar("a", None), charts.Bar("b", 50.0, 2.0)])
+    assert rows.count('class="bar"') == 1
+    assert "50.0 ± 2.0" in rows
+    assert charts.number(float("nan")) == "–"
