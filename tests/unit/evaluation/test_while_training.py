@@ -1,0 +1,113 @@
+"""Evaluation between training steps: scalars, best step, random states, several processes."""
+
+import json
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from spatialvlm.evaluation.generate import Completion
+from spatialvlm.evaluation.registry import load_benchmark
+from spatialvlm.evaluation.while_training import BenchmarkProbe, together
+
+
+class Alone:
+    rank, size = 0, 1
+
+    def barrier(self):
+        pass
+
+    def on_main(self, function):
+        return function()
+
+
+class Model:
+    """Right for the first ``right`` questions; draws random numbers as a sampler would."""
+
+    def __init__(self):
+        self.right = 0
+
+    def prepare(self, group):
+        return group
+
+    def generate(self, prepared, config):
+        random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
+        numbers = [[int(m[-1]["content"][-1]["text"].split()[-1]) for m in g] for g in prepared]
+        return [
+            [Completion("yes" if n < self.right else "no", 1) for n in group] for group in numbers
+        ]
+
+
+@pytest.fixture
+def probe(tmp_path):
+    rows = [
+        {
+            "id": f"q{n}",
+            "messages": [
+                {"role": "user", "content": f"Is it {n}"},
+                {"role": "assistant", "content": "Yes"},
+            ],
+            "images": [],
+            "media_kind": "none",
+            "task": f"task{n % 2}",
+            "answer_type": "yesno",
+            "answer_json": "true",
+            "options": [],
+            "scene_id": f"s{n}",
+        }
+        for n in range(10)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, calls = Model(), []
+    found = BenchmarkProbe(
+        [load_benchmark("spatialvlm_rows", path)],
+        lambda _: model,
+        tmp_path / "eval",
+        Alone(),
+        restore=lambda: calls.append("train"),
+        select="spatialvlm_rows",
+        on_best=lambda: calls.append("best"),
+    )
+    return found, model, calls
+
+
+def test_scalars_best_step_and_modes(probe, tmp_path):
+    run, model, calls = probe
+    values = []
+    for step, right in ((10, 4), (20, 8), (30, 6), (40, 8)):
+        model.right = right
+        values.append(run(SimpleNamespace(step=step), None)["eval/spatialvlm_rows"])
+    assert values == pytest.approx([40, 80, 60, 80])
+    assert calls == ["train", "best", "train", "best", "train", "train"]
+    best = json.loads((tmp_path / "eval" / "best.json").read_text())
+    assert best == {"step": 20, "benchmark": "spatialvlm_rows", "value": 80.0}
+    assert (tmp_path / "eval" / "step_00000030" / "spatialvlm_rows" / "result.json").is_file()
+
+
+def test_types_are_logged(probe):
+    run, model, _ = probe
+    model.right = 1
+    scalars = run(SimpleNamespace(step=1), None)
+    assert scalars == {
+        "eval/spatialvlm_rows": 10,
+        "eval/spatialvlm_rows/task0": 20,
+        "eval/spatialvlm_rows/task1": 0,
+    }
+
+
+def test_random_states_are_put_back(probe):
+    run, _, _ = probe
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
+    expected = random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
+    run(SimpleNamespace(step=1), None)
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected  # noqa: NPY002
+
+
+def test_together():
+    assert together(None, None) is None
+    both = together(lambda s, e: {"a": 1.0}, None, lambda s, e: {"b": 2.0})
+    assert both(None, None) == {"a": 1.0, "b": 2.0}
