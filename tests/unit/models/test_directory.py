@@ -53,12 +53,12 @@ def test_3d_round_trip_is_bitwise_and_also_a_2d_checkpoint(rig, family, tmp_path
     assert SpatialVLM.from_pretrained(folder, geometry=None).fusion is None
 
 
-def test_stage_two_starts_from_stage_one(rig, vggt_file, tmp_path):
+def test_stage_two_starts_from_stage_one(rig, tiny_vggt, tmp_path):
     first = rig("qwen3vl")
     with torch.no_grad():
         first.model.adapter.projector.linear_fc1.weight.mul_(2.0)
     folder = first.model.save_pretrained(tmp_path / "stage1")
-    section = GeometryConfig(source=str(vggt_file), layers=(1,), precision="fp32")
+    section = GeometryConfig(source=str(tiny_vggt), layers=(1,), precision="fp32")
     second = build_model(folder, section)
     for name, tensor in first.model.backbone.state_dict().items():
         assert torch.equal(tensor, second.backbone.state_dict()[name])
@@ -76,7 +76,7 @@ def test_gathered_weights_and_dtype_can_be_given(rig, tmp_path):
     assert all((p == 0).all() for p in again.parameters())
 
 
-def test_another_encoder_is_noticed(rig, vggt_file, tmp_path):
+def test_another_encoder_is_noticed(rig, tiny_vggt, tmp_path):
     bench = rig("qwen3vl", {})
     folder = bench.model.save_pretrained(tmp_path / "out")
     other = make_vggt(tmp_path / "other.safetensors", seed=1)
@@ -86,7 +86,7 @@ def test_another_encoder_is_noticed(rig, vggt_file, tmp_path):
     build_model(folder, GeometryConfig(**section, allow_encoder_mismatch=True))
     with pytest.raises(ConfigError, match=r"insertion=sequential \(saved: interleaved\)"):
         build_model(
-            folder, GeometryConfig(**section | {"source": str(vggt_file)}, insertion="sequential")
+            folder, GeometryConfig(**section | {"source": str(tiny_vggt)}, insertion="sequential")
         )
 
 

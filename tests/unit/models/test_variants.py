@@ -64,9 +64,9 @@ def tied(config):
     [("qwen3vl", experts), ("internvl3", internvl3_5), ("qwen3vl", untied), ("qwen2_5vl", tied)],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_variant_loads_isolates_and_trains(checkpoints, vggt_file, tmp_path, family, change):
+def test_variant_loads_isolates_and_trains(checkpoints, tiny_vggt, tmp_path, family, change):
     folder = rewrite(checkpoints[family], tmp_path / "variant", change)
-    bench = Rig.load(family, folder, vggt=vggt_file, geometry={})
+    bench = Rig.load(family, folder, vggt=tiny_vggt, geometry={})
     probe_isolation(bench.model)
     bench.randomise_fusion()
     packed = bench.model(bench.pack())
@@ -80,7 +80,7 @@ def test_variant_loads_isolates_and_trains(checkpoints, vggt_file, tmp_path, fam
     assert len(parts["embeddings"]) == (1 if change in (experts, tied) else 2)
     assert cost_coefficients(bench.model).per_token > 0
     again = Rig.load(
-        family, bench.model.save_pretrained(tmp_path / "out"), vggt=vggt_file, geometry={}
+        family, bench.model.save_pretrained(tmp_path / "out"), vggt=tiny_vggt, geometry={}
     )
     assert torch.equal(again.model(again.pack()).loss_sum, bench.model(bench.pack()).loss_sum)
 
