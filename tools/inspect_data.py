@@ -64,12 +64,14 @@ def inspect(config: TrainConfig, args: argparse.Namespace) -> str:
     from spatialvlm.models.build import build_layout
     from spatialvlm.models.directory import find_folder
     from spatialvlm.synthesis.marks import draw_marks
+    from spatialvlm.training.build import SceneLists
     from spatialvlm.typing import CostCoefficients
 
     names = [source.name for source in config.data.sources]
     if args.source is not None and args.source not in names:
         raise ConfigError(f"--source {args.source}: the recipe has {', '.join(names)}")
     folder = find_folder(config.model.init_from)
+    blocked = SceneLists(config.data.decontamination.lists)
     loader = build_data(
         config,
         folder,
@@ -78,6 +80,8 @@ def inspect(config: TrainConfig, args: argparse.Namespace) -> str:
             1.0, 0.0, 0.0, 0.0, 0.0
         ),  # packs by tokens; tools/plan_data.py knows FLOPs
         World(0, args.world),
+        blocked=blocked,
+        blocked_key=blocked.key,
         draw_marks=draw_marks,
         report=lambda text: print(text, file=sys.stderr),
     )

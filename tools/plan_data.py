@@ -63,9 +63,11 @@ def plan(config: TrainConfig, args: argparse.Namespace) -> dict[str, Any]:
     from spatialvlm.data.summary import PlanSummary, source_summary
     from spatialvlm.models.build import build_layout
     from spatialvlm.models.directory import find_folder
+    from spatialvlm.training.build import SceneLists
 
     folder = find_folder(config.model.init_from)
     cost = recipe_cost(config, folder)
+    blocked = SceneLists(config.data.decontamination.lists)
     started = time.perf_counter()
     loader = build_data(
         config,
@@ -73,7 +75,8 @@ def plan(config: TrainConfig, args: argparse.Namespace) -> dict[str, Any]:
         build_layout(folder, config.geometry),
         cost,
         World(0, args.world),
-        blocked=scene_check(config),
+        blocked=blocked,
+        blocked_key=blocked.key,
         workers=args.workers,
         report=lambda text: print(text, file=sys.stderr),
     )
@@ -127,12 +130,6 @@ def recipe_cost(config: TrainConfig, folder: Path) -> Any:
     model = build_meta_model(folder / "config.json", config.geometry, config.lora)
     build_groups(config, model)
     return build_cost(config, model).balance
-
-
-def scene_check(config: TrainConfig) -> Any:
-    """Block-list look-up of the recipe; None when no list is configured."""
-    del config
-    return None
 
 
 def show(result: dict[str, Any]) -> None:

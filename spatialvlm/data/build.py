@@ -18,7 +18,7 @@ from spatialvlm.data.media.store import FrameCache, MediaStore
 from spatialvlm.data.mixture import Mixture, SourceRows, mixture_for_steps
 from spatialvlm.data.plan import PackingArgs
 from spatialvlm.data.prepare import DrawMarks, ExpandFormat, SampleEncoder, SourceMedia
-from spatialvlm.data.sample import World
+from spatialvlm.data.sample import CoordConvention, World
 from spatialvlm.data.sources import Source, check_sources
 from spatialvlm.data.template import ChatTemplate, load_processor
 from spatialvlm.errors import ConfigError, DataError
@@ -37,6 +37,14 @@ if TYPE_CHECKING:
 
 MEASURE_AT_ONCE = 20_000
 """With ``lengths: auto`` and no cache, mixtures up to this many rows are measured before the run starts."""
+
+
+NATIVE_COORDS: dict[str, CoordConvention] = {
+    "qwen2_5vl": "abs_resized",
+    "qwen3vl": "norm1000",
+    "internvl3": "norm1000",
+}
+"""What the released checkpoints were trained to write boxes in."""
 
 
 def build_data(
@@ -84,6 +92,8 @@ def build_data(
         expand_format=expand_format,
         workers=workers,
     )
+    for text in coord_warnings(encoder):
+        report(text)
     lengths = LengthTable(encoder)
     mode = choose_length_mode(config.data, lengths)
     if mode == "exact":
@@ -173,6 +183,7 @@ def build_encoder(
         capabilities={name: number for number, name in enumerate(names)},
         draw_marks=draw_marks,
         expand_format=expand_format,
+        coords=NATIVE_COORDS[template.family] if data.coords_to == "native" else None,
     )
 
 
@@ -285,6 +296,23 @@ def check_blocked(index: SourceIndex, data: DataConfig) -> None:
             "cannot be checked against the block lists. Set data.decontamination.unknown: report to accept them",
             reason="blocked",
         )
+
+
+def coord_warnings(encoder: SampleEncoder) -> list[str]:
+    """Sources whose box numbers are not in the backbone's convention and stay as they are."""
+    native = NATIVE_COORDS[encoder.template.family]
+    if encoder.coords is not None:
+        return []
+    out = []
+    for index in encoder.indices:
+        attrs, fmt = index.source.attrs, index.source.format
+        own = attrs.coords or fmt.coords
+        if own not in ("none", native):
+            out.append(
+                f"source {index.source.name} writes boxes as {own}, {encoder.template.family} was trained with "
+                f"{native}; data.coords_to: native rewrites them"
+            )
+    return out
 
 
 def choose_length_mode(data: DataConfig, lengths: LengthTable) -> str:

@@ -182,6 +182,7 @@ class LengthTable:
             encoder.media[source].policy,
             encoder.overlong,
             encoder.train_on,
+            encoder.coords,
         )
         key = hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()
         return encoder.indices[source].folder / f"lengths-{key}.npz"

@@ -11,11 +11,12 @@ import numpy as np
 
 from spatialvlm.data.collate import MediaPixels, Prepared
 from spatialvlm.data.encode import Fitted, OverlongPolicy, fit, geometry_groups
+from spatialvlm.data.formats.coords import ImageSizes, rewrite_coords
 from spatialvlm.data.media.plan import MediaInfo, MediaPolicy, plan_media
 from spatialvlm.data.media.resize import resize, split_tiles
 from spatialvlm.data.media.store import MediaStore
 from spatialvlm.data.prefix import group_key, media_key
-from spatialvlm.data.sample import LENGTH_DTYPE, Draw, EncodedSample, Sample
+from spatialvlm.data.sample import LENGTH_DTYPE, CoordConvention, Draw, EncodedSample, Sample
 from spatialvlm.data.template import ChatTemplate
 from spatialvlm.errors import MarkError
 from spatialvlm.sequence.layout import TokenLayout
@@ -59,6 +60,7 @@ class SampleEncoder:
         capabilities: Capability name -> number written into batches.
         draw_marks: Draws marks into a frame; None = rows with marks are an error.
         expand_format: Realises an instruction format; None = as written.
+        coords: Convention that box numbers in the text are rewritten into; None = as written.
     """
 
     indices: Sequence[SourceIndex]
@@ -70,6 +72,7 @@ class SampleEncoder:
     capabilities: Mapping[str, int] | None = None
     draw_marks: DrawMarks | None = None
     expand_format: ExpandFormat | None = None
+    coords: CoordConvention | None = None
 
     def sample(self, source: int, row: int, epoch: int = 0) -> Sample:
         """The conversation of a row, in the wording of this epoch.
@@ -90,6 +93,9 @@ class SampleEncoder:
         """
         sample = self.sample(source, row, epoch)
         infos = self.infos(source, sample)
+        if self.coords is not None:
+            sizes = [ImageSizes(info.header.size, info.size) for info in infos]
+            sample, _ = rewrite_coords(sample, sizes, self.coords)
         fitted = fit(
             sample, infos, self.template, self.layout, self.overlong, train_on=self.train_on
         )

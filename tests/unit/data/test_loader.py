@@ -199,3 +199,39 @@ def test_more_ranks_than_packs_get_dummies(tiny_checkpoint, toy_config):
         assert batch["input_ids"].shape == (1, 1)
         assert batch["loss_weight"].tolist() == [0.0]
         assert batch["frames_u8"].numel() == 0
+
+
+def test_boxes_in_the_backbones_convention(tiny_checkpoint, toy_data, toy_config, tmp_path):
+    import json
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(toy_data, copy)
+    row = {
+        "messages": [
+            {"role": "user", "content": "<image>box?"},
+            {"role": "assistant", "content": '{"bbox_2d": [0, 0, 90, 75]}'},
+        ],
+        "images": ["g.png"],
+    }
+    (copy / "boxes.jsonl").write_text(json.dumps(row) + "\n")
+    source = {
+        "name": "b",
+        "family": "spatial",
+        "files": ["boxes.jsonl"],
+        "root": str(copy),
+        "coords": "abs_source",
+    }
+    said = []
+    for family, expected in [("qwen3vl", "[0, 0, 1000, 500]"), ("qwen2_5vl", "[0, 0, 84, 70]")]:
+        for mode, text in [("keep", "[0, 0, 90, 75]"), ("native", expected)]:
+            config = toy_config(
+                sources=[source],
+                data={"families": {"spatial": 1}, "coords_to": mode},
+                step={"global_batch_size": 1},
+            )
+            loader = build(config, tiny_checkpoint(family), report=said.append)
+            batch = next(iter(loader)).batches[0]
+            answer = loader.lengths.encoder.template.decode(batch["target_ids"].tolist())
+            assert text in answer, (family, mode)
+    assert sum("abs_source" in line and "coords_to: native" in line for line in said) == 2
