@@ -1,7 +1,7 @@
 """What every geometry encoder offers: uint8 frames in, features per group of frames out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -47,6 +47,7 @@ class GeometryEncoder(nn.Module, ABC):
         num_special: Tokens per frame that are no patches.
         depends_on_first_frame: Whether features are relative to the first frame.
         default_layers: Layers that :meth:`forward` returns if not told otherwise.
+        frames_per_pass: Groups of equal shape share a pass up to this many frames; limits memory.
         fingerprint: Identifies weights, configuration and numerics; 64 hexadecimal digits.
     """
 
@@ -58,6 +59,7 @@ class GeometryEncoder(nn.Module, ABC):
     depends_on_first_frame: bool
     num_layers: int
     default_layers: tuple[int, ...]
+    frames_per_pass: int = 32
     fingerprint: str = ""
     reference_frame: Literal["first", "last"] = "first"
     output_dtype: torch.dtype = torch.bfloat16
@@ -85,7 +87,7 @@ class GeometryEncoder(nn.Module, ABC):
         layers: Iterable[int] | None = None,
         return_special: bool = False,
     ) -> list[GeometryFeatures]:
-        """Encode groups of frames; groups of equal shape share one pass.
+        """Encode groups of frames; small groups of equal shape share a pass.
 
         Args:
             videos: uint8 RGB groups on the encoder's device. Values are normalised in here.
@@ -105,7 +107,7 @@ class GeometryEncoder(nn.Module, ABC):
             self._check(video)
             by_shape.setdefault(video.shape, []).append(index)
         results: dict[int, GeometryFeatures] = {}
-        for indices in by_shape.values():
+        for indices in self._passes(by_shape):
             frames = torch.stack([videos[index] for index in indices])
             if self.reference_frame == "last":
                 frames = frames.flip(1)
@@ -121,6 +123,13 @@ class GeometryEncoder(nn.Module, ABC):
                     one, None if special is None else special[row], (grid[0], grid[1], grid[2])
                 )
         return [results[index] for index in range(len(videos))]
+
+    def _passes(self, by_shape: dict[torch.Size, list[int]]) -> Iterator[list[int]]:
+        """Groups per pass: as many of one shape as stay below ``frames_per_pass``, at least one."""
+        for shape, indices in by_shape.items():
+            size = max(1, self.frames_per_pass // shape[0])
+            for start in range(0, len(indices), size):
+                yield indices[start : start + size]
 
     def resolve_layers(self, layers: Iterable[int]) -> tuple[int, ...]:
         """Layer indices counted from the first layer, ascending."""

@@ -239,7 +239,7 @@ class GeometryFusion(nn.Module):
         media_grid: Sequence[Grid],
         media_group: Sequence[int],
         projector: nn.Module,
-        content: Sequence[Sequence[Size] | None] | None = None,
+        media_content: Sequence[Size | None] | None = None,
     ) -> FusionOutput:
         """Fuse all media of one forward in one call of every MLP.
 
@@ -251,8 +251,8 @@ class GeometryFusion(nn.Module):
             media_grid: ``(T, gh, gw)`` of every medium, in sequence order; plain integers.
             media_group: Geometry group of every medium, -1 = none.
             projector: The backbone's vision projector.
-            content: Per group, rows and columns of features that hold image content, per frame;
-                ``None`` = all.
+            media_content: Rows and columns, from the top left, of every medium's features that hold
+                image content and no padding; ``None`` = all.
 
         Returns:
             Tokens and the anchor of the graph. Without geometry the modules run on the first merge
@@ -269,7 +269,7 @@ class GeometryFusion(nn.Module):
                 f"media of grids {list(media_grid)} have {sum(patches)} patches, the vision tower "
                 f"returned {len(vision)}"
             )
-        layers, camera = self._gather(features, media_grid, media_group, content)
+        layers, camera = self._gather(features, media_grid, media_group, media_content)
         chosen = [group >= 0 for group in media_group]
         unit = self.merge_size**2
         vision_g = _select(vision, patches, chosen)
@@ -332,13 +332,16 @@ class GeometryFusion(nn.Module):
         features: Sequence[GeometryFeatures],
         media_grid: Sequence[Grid],
         media_group: Sequence[int],
-        content: Sequence[Sequence[Size] | None] | None,
+        media_content: Sequence[Size | None] | None,
     ) -> tuple[list[Float[Tensor, "P tau C"]], Float[Tensor, "T tau C"] | None]:
         """Features of all media with geometry in merge-unit order, per layer, and camera rows."""
         frames = frames_of_media([f.grid[0] for f in features], media_grid, media_group, self.tau)
         per_layer: list[list[Tensor]] = [[] for _ in range(self.num_layers)]
         camera: list[Tensor] = []
-        for grid, group, own in zip(media_grid, media_group, frames, strict=True):
+        contents = [None] * len(frames) if media_content is None else media_content
+        for grid, group, own, content in zip(
+            media_grid, media_group, frames, contents, strict=True
+        ):
             if own is None:
                 continue
             feature = features[group]
@@ -347,10 +350,10 @@ class GeometryFusion(nn.Module):
                     f"the encoder returned layers {sorted(feature.layers)}, the fusion was built for "
                     f"{self.num_layers}"
                 )
-            sizes = content[group] if content is not None else None
-            size = None if sizes is None else sizes[own.start]
             for layer, parts in zip(sorted(feature.layers), per_layer, strict=True):
-                resampled = resample(feature.layers[layer][own], grid[1:], size)  # [S, gh, gw, C]
+                resampled = resample(
+                    feature.layers[layer][own], grid[1:], content
+                )  # [S, gh, gw, C]
                 slots = frame_slots(resampled, self.tau)  # [T, tau, gh, gw, C]
                 parts.append(to_merge_units(slots.movedim(1, 3), self.merge_size))
             if self.camera is not None:

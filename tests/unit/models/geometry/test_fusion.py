@@ -347,8 +347,8 @@ def test_letterboxed_views_are_cropped(scene):
     projector, vision, tokens, features = scene
     module = fusion_for(projector, init="scratch")
     padded = GeometryFeatures({1: F.pad(features[0].layers[1], (0, 0, 0, 2))}, None, (2, 3, 5))
-    content = [[(3, 3), (3, 3)], None]
-    out = run(module, (projector, vision, tokens, [padded, features[1]]), content=content)
+    content = [(3, 3), None, None, (3, 3)]
+    out = run(module, (projector, vision, tokens, [padded, features[1]]), media_content=content)
     assert torch.equal(out.spatial_tokens, run(module, scene).spatial_tokens)
 
 

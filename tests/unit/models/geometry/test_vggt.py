@@ -337,6 +337,19 @@ def test_groups_of_equal_shape_share_a_pass_and_keep_their_order(encoder):
         assert features.special.shape == (len(video), 5, 128)
 
 
+def test_a_pass_holds_a_limited_number_of_frames(encoder):
+    videos = [frames(3, 3, 28, 28, seed=seed) for seed in range(5)]
+    whole = [features.layers[2] for features in encoder(videos)]
+    sizes = []
+    encoder.aggregator.register_forward_hook(lambda _, args, out: sizes.append(args[0].shape[:2]))
+    for limit, expected in {7: [(2, 3), (2, 3), (1, 3)], 1: [(1, 3)] * 5}.items():
+        encoder.frames_per_pass = limit
+        for features, reference in zip(encoder(videos), whole, strict=True):
+            assert (features.layers[2] - reference).abs().max() < 1e-5
+        assert sizes == expected
+        sizes.clear()
+
+
 def test_special_tokens_and_patches_are_rows_of_the_state(encoder):
     video = frames(2, 3, 56, 84)
     state = encoder.aggregator(video[None].float() / 255, [2])[2][0]
