@@ -6,12 +6,15 @@ Scalars live in Python lists, because a task looks at a few numbers at a time.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import shapely
+from shapely.geometry import MultiPoint, Polygon
+from shapely.geometry.base import BaseGeometry
 
 from spatialvlm.scenes.boxes import UPRIGHT_TILT_DEG
 from spatialvlm.scenes.cameras import MIN_GROUND_PROJECTION, Camera
@@ -143,7 +146,10 @@ class SceneContext:
         for index in self.targets:
             self.by_label[self.labels[index]].append(index)
         self.frame_of: dict[str, int] = {f.frame_id: i for i, f in enumerate(scene.frames)}
+        self.events: Counter[Reason] = Counter()
+        """What happened while proposing that is no rejected candidate; the engine counts and clears it."""
         self._views: dict[int, View] = {}
+        self._footprints: dict[int, BaseGeometry] = {}
         self._pairs: dict[tuple[int, int], Pair] = {}
         self._usable: list[tuple[int, int]] | None = None
         self._depths: dict[int, Array] = {}
@@ -193,6 +199,23 @@ class SceneContext:
 
         rows: list[list[float]] = box_distances([item.box for item in self.objects]).tolist()
         return rows
+
+    def footprint(self, obj: int) -> BaseGeometry:
+        """Outline of an object on the ground."""
+        if obj not in self._footprints:
+            self._footprints[obj] = Polygon(self.objects[obj].box.footprint)
+        return self._footprints[obj]
+
+    @cached_property
+    def floor(self) -> BaseGeometry:
+        """Room polygon, or the hull of all objects when the scene has none; prepared for tests."""
+        room = self.scene.room
+        if room is not None and room.polygon_xy is not None:
+            shape = Polygon(room.polygon_xy)
+        else:
+            shape = MultiPoint(self.corners[:, :, :2].reshape(-1, 2)).convex_hull.buffer(0.25)
+        shapely.prepare(shape)
+        return shape
 
     def center_distance(self, a: int, b: int) -> float:
         """Distance of two box centres, metres."""
@@ -408,8 +431,6 @@ class SceneContext:
             return float(room.area_m2)
         if room.polygon_xy is None:
             return None
-        from shapely.geometry import Polygon
-
         return float(Polygon(room.polygon_xy).area)
 
     @property

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.random import Generator, Philox
 
 from spatialvlm.scenes.cameras import Camera
 from spatialvlm.scenes.transforms import Array
 from spatialvlm.scenes.visibility import depth_tolerance
 
 NUM_POINTS = 4096
-VOXEL_M = 0.02
+VOXEL_M = 0.12
+"""One surface point per voxel, so that near surfaces (many pixels) do not weigh more than far ones."""
+POINTS_PER_FRAME = 16384
 MAX_FRAMES = 400
 
 
@@ -24,8 +27,8 @@ def covisibility(
 ) -> Array:
     """Intersection over union of the surface that each pair of frames sees.
 
-    Surface points are taken on a pixel grid of every frame, thinned to one per 2 cm voxel. A frame sees
-    a point that projects into it at the measured depth (5 cm or 2 % tolerance).
+    Surface points are taken on a pixel grid of every frame, thinned to one per 12 cm voxel. A frame
+    sees a point that projects into it at the measured depth (5 cm or 2 % tolerance).
 
     Args:
         cameras: One per frame.
@@ -52,12 +55,11 @@ def covisibility(
 def _surface(
     cameras: Sequence[Camera], depth: Callable[[int], Array], frames: list[int], num_points: int
 ) -> Array:
-    """About ``num_points`` surface points, ``[P, 3]``, spread over all frames."""
-    clouds = []
-    per_frame = max(64, 4 * num_points // max(len(frames), 1))
+    """At most ``num_points`` surface points ``[P, 3]``, evenly over the seen area."""
+    clouds, keys = [np.zeros((0, 3))], [np.zeros(0, dtype=np.int64)]
     for index in frames:
         values, camera = depth(index), cameras[index]
-        step = max(1, int(np.sqrt(values.size / per_frame)))
+        step = max(1, int(np.sqrt(values.size / POINTS_PER_FRAME)))
         rows, columns = np.mgrid[
             step // 2 : values.shape[0] : step, step // 2 : values.shape[1] : step
         ]
@@ -65,14 +67,23 @@ def _surface(
         known = values[rows, columns] > 0
         rows, columns = rows[known], columns[known]
         pixels = np.stack([columns + 0.5, rows + 0.5], axis=1)
-        clouds.append(camera.back_project(pixels, values[rows, columns].astype(np.float64)))
-    points = np.concatenate(clouds) if clouds else np.zeros((0, 3))
-    if len(points):
-        _, first = np.unique(np.floor(points / VOXEL_M).astype(np.int64), axis=0, return_index=True)
-        points = points[np.sort(first)]
+        points = camera.back_project(pixels, values[rows, columns].astype(np.float64))
+        voxels, first = np.unique(_voxel_keys(points), return_index=True)
+        clouds.append(points[first])
+        keys.append(voxels)
+    _, first = np.unique(np.concatenate(keys), return_index=True)
+    points = np.concatenate(clouds)[first]
     if len(points) > num_points:
-        points = points[np.linspace(0, len(points) - 1, num_points).round().astype(int)]
+        order = Generator(Philox(key=0)).permutation(len(points))[:num_points]
+        points = points[np.sort(order)]
     return points
+
+
+def _voxel_keys(points: Array) -> Array:
+    """One integer per voxel; rooms are far smaller than the 200 km that 21 bits per axis hold."""
+    cells = np.floor(points / VOXEL_M).astype(np.int64) + (1 << 20)
+    keys: Array = (cells[:, 0] << 42) | (cells[:, 1] << 21) | cells[:, 2]
+    return keys
 
 
 def _sees(camera: Camera, depth: Array, points: Array) -> Array:

@@ -99,6 +99,9 @@ def task_rows(maker: RowMaker, task: Task, counters: Counters) -> Iterable[dict[
         seen.add(row["id"])
         made += 1
         yield row
+    for reason, count in ctx.events.items():
+        counters[task.id, reason] += count
+    ctx.events.clear()
 
 
 class RowMaker:

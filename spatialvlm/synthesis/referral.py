@@ -20,6 +20,8 @@ SIZE_RATIO = 1.3
 SECTOR_INSIDE_DEG = 25.0
 SECTOR_OUTSIDE_DEG = 65.0
 MIN_OBSERVER_M = 0.3
+STRATEGIES = ("nearest", "direction", "order")
+"""The three referral strategies of SSR for objects that share their label."""
 SIDES = {"front": 0.0, "left": 90.0, "back": 180.0, "right": -90.0}
 ORDINALS = ("first", "second", "third", "fourth")
 
@@ -99,6 +101,29 @@ def refer(
         if named is not None:
             return named
     raise Reject(Reason.REFERRAL, f"no phrase for object {obj} ({label})")
+
+
+def refer_by(ctx: SceneContext, obj: int, frames: Sequence[int], strategy: str) -> Ref | None:
+    """Name an object of a video by one strategy, ``None`` if that does not single it out.
+
+    Args:
+        ctx: The scene.
+        obj: Object index.
+        frames: Frames of the clip.
+        strategy: ``label``, ``attribute`` (colour or size), or one of :data:`STRATEGIES`.
+    """
+    label = ctx.labels[obj]
+    rivals = [o for o in ctx.by_label[label] if o != obj]
+    if strategy == "label":
+        return None if rivals else Ref(obj, f"the {label}", label, "label")
+    if strategy == "attribute":
+        return by_colour(ctx, obj, rivals) or by_size(ctx, obj, rivals)
+    marks = landmarks(ctx, frames, video=True)
+    if strategy == "nearest":
+        return by_proximity(ctx, obj, rivals, marks)
+    if strategy == "direction":
+        return by_direction(ctx, obj, rivals, marks)
+    return by_order(ctx, obj, rivals, frames)
 
 
 def by_colour(ctx: SceneContext, obj: int, rivals: Sequence[int]) -> Ref | None:

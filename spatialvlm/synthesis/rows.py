@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 
@@ -18,6 +18,7 @@ GEN_VERSION = "1"
 
 Form = Literal["MCQ", "YN", "NUM", "JSON", "OE", "SENT"]
 MediaKind = Literal["none", "images", "video"]
+Item = TypeVar("Item")
 Args = dict[str, Any]
 """Arguments of one question: object indices, frame ids and a variant; JSON-serialisable."""
 
@@ -269,11 +270,11 @@ class Draws:
         """Uniform number in ``[0, 1)``."""
         return self.integer(1 << 32) / (1 << 32)
 
-    def choice(self, items: Sequence[Any]) -> Any:
+    def choice(self, items: Sequence[Item]) -> Item:
         """One item."""
         return items[self.integer(len(items))]
 
-    def shuffled(self, items: Sequence[Any]) -> list[Any]:
+    def shuffled(self, items: Sequence[Item]) -> list[Item]:
         """A permutation (Fisher-Yates)."""
         mixed = list(items)
         for i in range(len(mixed) - 1, 0, -1):

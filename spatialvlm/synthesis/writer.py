@@ -202,6 +202,7 @@ class Writer:
         places: int | None = None,
         wrong: Sequence[str] | None = None,
         form: Form | None = None,
+        hint: bool = True,
     ) -> Turn:
         """Write one question with its answer.
 
@@ -214,6 +215,7 @@ class Writer:
             places: Decimals of a number.
             wrong: Wrong option texts; given for MCQ only.
             form: Overrides the form of the row (turns of a dialogue).
+            hint: ``False`` leaves out how to answer, where the wording has such hints.
         """
         base = form or self.base
         template = self.book.choose(
@@ -241,7 +243,7 @@ class Writer:
         reply, reply_id = text, "terse"
         if sentence:
             reply, reply_id = self._sentence(base, answer, shown, choice, unit)
-        elif self.wording.hints and base != "JSON" and answer_type in _HINTED:
+        elif hint and self.wording.hints and answer_type in _HINTED:
             hint = self.book.choose(self.draws, self.wording, "train", "_hint", base).text
             question = f"{question}\n{hint}" if base == "MCQ" else f"{question} {hint}"
         return Turn(

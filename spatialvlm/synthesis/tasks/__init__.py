@@ -6,7 +6,9 @@ from spatialvlm.synthesis.tasks import (
     intern,
     measure,
     multiview,
+    reasoning,
     relation,
+    structured,
     vsi,
     vsti,
 )
@@ -17,6 +19,7 @@ _ALL: tuple[Task, ...] = (
     measure.SizeAbs(),
     measure.SizeRel(),
     measure.DistAbs(),
+    structured.GroundingCam9(),
     relation.LeftRight(),
     relation.HighLow(),
     relation.FrontBehind(),
@@ -30,6 +33,8 @@ _ALL: tuple[Task, ...] = (
     multiview.MvPos(),
     multiview.CorrPoint(),
     multiview.CorrObj(),
+    reasoning.SceneCaption(),
+    reasoning.RoutePlan(),
     # VSI-Bench
     vsi.VsiCount(),
     vsi.VsiObjSize(),
@@ -38,6 +43,7 @@ _ALL: tuple[Task, ...] = (
     vsi.VsiRelDist(),
     vsi.VsiRelDir(),
     vsi.VsiOrder(),
+    reasoning.VsiRoute(),
     # VSTI-Bench
     vsti.CamObjAbs(),
     vsti.CamObjRel(),
@@ -47,6 +53,9 @@ _ALL: tuple[Task, ...] = (
     vsti.CamDisp(),
     vsti.CamDir(),
     vsti.DistChange(),
+    # SSR
+    structured.SsrLcm(),
+    structured.SsrGrounding7(),
     # InternSpatial
     intern.IsPosition(),
     intern.IsSize(),
@@ -56,6 +65,9 @@ _ALL: tuple[Task, ...] = (
     # Further
     extra.LocateCell(),
     extra.ObjectColour(),
+    extra.Proximity(),
+    extra.Grounding2d(),
+    reasoning.LocationText(),
     multiview.MvSizeRel(),
 )
 TASKS: dict[str, Task] = {task.id: task for task in _ALL}

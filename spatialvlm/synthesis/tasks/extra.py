@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 from numpy.random import Generator
 
-from spatialvlm.synthesis.context import SceneContext, require
+from spatialvlm.answers import round_half_up
+from spatialvlm.synthesis.context import APPEARED_PX_FRAC, SceneContext, require
 from spatialvlm.synthesis.rows import QA, Args, Derived, Margin, Reason, Reject
+from spatialvlm.synthesis.scene_graph import FAR_RATIO, NEAR_RATIO, nearness
 from spatialvlm.synthesis.tasks.base import Task, per_frame
 from spatialvlm.synthesis.wording import Ref
 from spatialvlm.synthesis.writer import Writer
@@ -89,3 +91,75 @@ class ObjectColour(Task):
         others = sorted({o.color_name for o in ctx.objects if o.color_name} | set(COLOUR_NAMES))
         wrong = write.draws.shuffled([name for name in others if name != derived.answer])[:3]
         return write.qa(write.turn("text", derived.answer, {"a": write.refs[obj]}, wrong=wrong))
+
+
+class Proximity(Task):
+    """Whether two objects are next to each other or far apart, relative to their size."""
+
+    id = "proximity"
+    family = "SR"
+    capability = "SR"
+    group = "rel"
+    dimension = "rel"
+    forms = ("YN", "MCQ")
+    variants = ("next to", "far from")
+
+    def propose(self, ctx: SceneContext, rng: Generator) -> Iterator[Args]:
+        """Two clean objects of one frame."""
+        return per_frame(ctx, rng, 2, self.variants)
+
+    def derive(self, ctx: SceneContext, args: Args) -> Derived:
+        """``next to`` below half of the mean longest extent, ``far from`` above twice."""
+        a, b = args["objects"]
+        ctx.require_clean(ctx.view(args["frames"][0]), (a, b))
+        ratio = nearness(ctx, a, b)
+        values = {"ratio": ratio}
+        if ratio < NEAR_RATIO:
+            share = NEAR_RATIO / max(ratio, 0.01)
+            return Derived("next to", require("ratio", share, 1.0), values)
+        return Derived("far from", require("ratio", ratio, FAR_RATIO), values)
+
+    def phrase(self, ctx: SceneContext, args: Args, derived: Derived, write: Writer) -> QA:
+        """Yes/no about the variant, or one of the two words."""
+        write.show([ctx.frame_of[args["frames"][0]]])
+        first, second = write.name_all(args["objects"])
+        slots = {"a": first, "b": second, "word": args["variant"]}
+        if write.base == "YN":
+            return write.qa(write.turn("yesno", derived.answer == args["variant"], slots))
+        wrong = [word for word in self.variants if word != derived.answer]
+        return write.qa(write.turn("text", derived.answer, slots, wrong=wrong))
+
+
+class Grounding2d(Task):
+    """The visible 2D box of a referred object, in thousandths of the image."""
+
+    id = "grounding_2d"
+    family = "SM"
+    capability = "SR"
+    group = "meas"
+    dimension = "rel"
+    forms = ("OE",)
+    balance = "number"
+
+    def propose(self, ctx: SceneContext, rng: Generator) -> Iterator[Args]:
+        """One clean object of one frame."""
+        return per_frame(ctx, rng, 1)
+
+    def derive(self, ctx: SceneContext, args: Args) -> Derived:
+        """``[x0, y0, x1, y1]``, 0 to 1000; at least 0.2 % of the pixels show the object."""
+        view = ctx.view(args["frames"][0])
+        obj = args["objects"][0]
+        ctx.require_clean(view, (obj,))
+        vis = view.vis[obj]
+        margin = require("px_frac", vis.px_frac, APPEARED_PX_FRAC, Reason.OUT_OF_RANGE)
+        scale = (1000.0 / view.camera.width, 1000.0 / view.camera.height)
+        box = [round_half_up(value * scale[i % 2], 0) for i, value in enumerate(vis.bbox2d)]
+        return Derived(box, margin, {"bbox_px": list(vis.bbox2d)})
+
+    def phrase(self, ctx: SceneContext, args: Args, derived: Derived, write: Writer) -> QA:
+        """The object is named by words only: a mark would give the box away."""
+        write.show([ctx.frame_of[args["frames"][0]]])
+        ref = write.name(args["objects"][0])
+        if ref.how == "mark":
+            raise Reject(Reason.REFERRAL, "only a mark could name the object")
+        return write.qa(write.turn("box", derived.answer, {"a": ref}))

@@ -9,22 +9,19 @@ from numpy.random import Generator
 
 from spatialvlm.scenes.transforms import bearing_deg, wrap_deg
 from spatialvlm.synthesis.context import SceneContext, View, require, require_range, tightest
+from spatialvlm.synthesis.relations import RELATIONS, compare_size, related
 from spatialvlm.synthesis.rows import QA, Args, Derived, Form, Margin, Reason, Reject
-from spatialvlm.synthesis.tasks.base import Task, per_frame, shuffled, take_turns, two_choice
+from spatialvlm.synthesis.tasks.base import (
+    Task,
+    per_frame,
+    shuffled,
+    take_turns,
+    tuples,
+    two_choice,
+)
 from spatialvlm.synthesis.tasks.camera import depth_values
-from spatialvlm.synthesis.tasks.measure import compare_size
-from spatialvlm.synthesis.tasks.relation import above, in_front, left_of
 from spatialvlm.synthesis.writer import Writer
 
-RELATIONS: dict[str, tuple[str, bool]] = {
-    "left": ("side", True),
-    "right": ("side", False),
-    "above": ("height", True),
-    "below": ("height", False),
-    "front": ("depth", True),
-    "behind": ("depth", False),
-}
-"""Relation -> (what is compared, whether the first object must be the lesser in left/front or higher)."""
 EXTREMES = {
     "leftmost": "left",
     "rightmost": "right",
@@ -41,25 +38,6 @@ PHRASES = {
     "front": "in front of",
     "behind": "behind",
 }
-
-
-def related(ctx: SceneContext, view: View, a: int, b: int, relation: str) -> tuple[bool, Margin]:
-    """Whether ``a`` has the relation to ``b`` in the view; ``False`` means the opposite holds.
-
-    Raises:
-        Reject: Neither holds by its margin.
-    """
-    what, first = RELATIONS[relation]
-    if what == "side":
-        ctx.require_level(view)
-        holds, margin = left_of(view, a, b)
-    elif what == "height":
-        holds, margin = above(ctx, a, b)
-    else:
-        if not view.level_ok:
-            raise Reject(Reason.VERTICAL_AXIS, view.frame_id)
-        holds, margin = in_front(view, a, b)
-    return holds == first, margin
 
 
 class IsCount(Task):
@@ -327,11 +305,13 @@ class IsRotation(Task):
         pool = [obj for obj in sorted(found) if len(found[obj]) > 1]
         if not pool:
             raise Reject(Reason.NEEDS_FRONT, "no fronted object is clean in two frames")
-        for _ in range(200):
-            obj = pool[int(rng.integers(len(pool)))]
-            i, j = rng.permutation(len(found[obj]))[:2].tolist()
-            pair = [found[obj][i].frame_id, found[obj][j].frame_id]
-            yield {"variant": "", "frames": pair, "objects": [obj]}
+
+        def stream(obj: int) -> Iterator[Args]:
+            for i, j in tuples(rng, range(len(found[obj])), 2):
+                pair = [found[obj][i].frame_id, found[obj][j].frame_id]
+                yield {"variant": "", "frames": pair, "objects": [obj]}
+
+        yield from take_turns([stream(pool[i]) for i in shuffled(rng, pool)])
 
     def derive(self, ctx: SceneContext, args: Args) -> Derived:
         """Degrees in (-180, 180], counter-clockwise seen from above."""

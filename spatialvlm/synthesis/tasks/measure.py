@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from numpy.random import Generator
 
-from spatialvlm.synthesis.context import SceneContext, require, require_range, tightest
+from spatialvlm.synthesis.context import SceneContext, require_range
+from spatialvlm.synthesis.relations import COMPARISONS, compare_size, extent
 from spatialvlm.synthesis.rows import QA, Args, Derived, Margin, Reason, Reject
 from spatialvlm.synthesis.tasks.base import Task, per_frame, two_choice
 from spatialvlm.synthesis.writer import Writer
@@ -66,28 +67,6 @@ class DistAbs(Task):
         )
 
 
-def extent(ctx: SceneContext, obj: int, attribute: str) -> float:
-    """One extent of an object in metres.
-
-    Args:
-        ctx: The scene.
-        obj: Object index.
-        attribute: ``longest`` of the three extents, ``height``, ``long_side`` or ``short_side`` (the
-            larger and the smaller horizontal extent).
-
-    Raises:
-        Reject: ``tilted``: only ``longest`` means something for a tilted box.
-    """
-    size = ctx.size_list[obj]
-    if attribute == "longest":
-        return max(size)
-    if not ctx.upright[obj]:
-        raise Reject(Reason.TILTED, f"object {obj}")
-    if attribute == "height":
-        return size[2]
-    return max(size[:2]) if attribute == "long_side" else min(size[:2])
-
-
 class SizeAbs(Task):
     """How large 1-4 objects are, one turn of a dialogue each."""
 
@@ -140,46 +119,6 @@ class SizeAbs(Task):
             for ref, part in zip(refs, parts, strict=True)
         ]
         return write.qa(*turns)
-
-
-VOLUME_RATIO = 1.30
-EXTENT_RATIO = 1.05
-SINGLE_RATIO = 1.20
-COMPARISONS = {
-    "bigger": ("volume", True),
-    "smaller": ("volume", False),
-    "taller": ("height", True),
-    "shorter": ("height", False),
-    "wider": ("long_side", True),
-    "narrower": ("long_side", False),
-}
-"""Comparison -> (what is compared, whether the larger one is meant)."""
-
-
-def compare_size(ctx: SceneContext, a: int, b: int, word: str) -> tuple[int, Margin]:
-    """Which of two objects is bigger, taller, ...
-
-    A volume decides only if its ratio is at least 1.30 and the longest extents agree (ratio 1.05); a
-    single extent needs a ratio of 1.20.
-
-    Returns:
-        Index of the object the word fits, and the margin.
-
-    Raises:
-        Reject: ``margin``, ``extent_tie`` or ``tilted``.
-    """
-    what, larger = COMPARISONS[word]
-    if what == "volume":
-        values = ctx.volume[a], ctx.volume[b]
-    else:
-        values = extent(ctx, a, what), extent(ctx, b, what)
-    big, small = (a, b) if values[0] >= values[1] else (b, a)
-    ratio = max(values) / min(values)
-    margin = require("ratio", ratio, VOLUME_RATIO if what == "volume" else SINGLE_RATIO)
-    if what == "volume":
-        longest = max(ctx.size_list[big]) / max(ctx.size_list[small])
-        margin = tightest(margin, require("extent_ratio", longest, EXTENT_RATIO, Reason.EXTENT_TIE))
-    return (big if larger else small), margin
 
 
 class SizeRel(Task):

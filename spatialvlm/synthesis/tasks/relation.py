@@ -6,71 +6,11 @@ from collections.abc import Iterator
 
 from numpy.random import Generator
 
-from spatialvlm.synthesis.context import SceneContext, View, require, tightest
+from spatialvlm.synthesis.context import SceneContext, View
+from spatialvlm.synthesis.relations import above, in_front, left_of
 from spatialvlm.synthesis.rows import QA, Args, Derived, Margin, Reason, Reject
 from spatialvlm.synthesis.tasks.base import Task, per_frame, two_choice
 from spatialvlm.synthesis.writer import Writer
-
-GAP_M = 0.15
-"""Least free space between the extents of two objects along the compared direction."""
-IMAGE_GAP = 0.03
-"""Least difference of the image centroids, as a share of the image width."""
-HEIGHT_GAP_M = 0.10
-MAX_Z_OVERLAP = 0.5
-
-
-def separation(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, bool]:
-    """Free space between two intervals (negative: they overlap) and whether ``a`` is the lower one."""
-    a_first, b_first = b[0] - a[1], a[0] - b[1]
-    return (a_first, True) if a_first >= b_first else (b_first, False)
-
-
-def left_of(view: View, a: int, b: int) -> tuple[bool, Margin]:
-    """Whether ``a`` is left of ``b`` from the camera.
-
-    The extents must be separated in the level frame **and** the image must show the same order: a near
-    object can be left of a far one in metres and right of it in the picture.
-
-    Raises:
-        Reject: ``margin`` or ``image_disagrees``.
-    """
-    gap, a_left = separation(view.lateral[a], view.lateral[b])
-    margin = require("gap_m", gap, GAP_M)
-    shift = (view.centroid[b][0] - view.centroid[a][0]) / view.camera.width
-    shift = shift if a_left else -shift
-    return a_left, tightest(
-        margin, require("image_shift", shift, IMAGE_GAP, Reason.IMAGE_DISAGREES)
-    )
-
-
-def in_front(view: View, a: int, b: int) -> tuple[bool, Margin]:
-    """Whether ``a`` is in front of ``b``: separated in camera depth and in level forward distance.
-
-    Raises:
-        Reject: ``margin``.
-    """
-    gap, a_first = separation(view.depth[a], view.depth[b])
-    level_gap, level_first = separation(view.forward[a], view.forward[b])
-    if a_first != level_first:
-        raise Reject(Reason.MARGIN, "camera depth and ground distance disagree")
-    return a_first, require("gap_m", min(gap, level_gap), GAP_M)
-
-
-def above(ctx: SceneContext, a: int, b: int) -> tuple[bool, Margin]:
-    """Whether ``a`` is higher than ``b``: larger centre and top, less than half overlap in height.
-
-    Raises:
-        Reject: ``margin``, ``tops_disagree`` or ``overlap``.
-    """
-    (a0, a1), (b0, b1) = ctx.z_range[a], ctx.z_range[b]
-    rise = (a0 + a1 - b0 - b1) / 2
-    margin = require("gap_m", abs(rise), HEIGHT_GAP_M)
-    if (a1 - b1) * rise <= 0:
-        raise Reject(Reason.TOPS_DISAGREE)
-    shorter = min(a1 - a0, b1 - b0)
-    overlap = max(0.0, min(a1, b1) - max(a0, b0)) / shorter
-    free = require("free_height", 1.0 - overlap, 1.0 - MAX_Z_OVERLAP, Reason.OVERLAP)
-    return rise > 0, tightest(margin, free)
 
 
 class PairRelation(Task):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import combinations, islice, pairwise
+from typing import ClassVar
 
 from numpy.random import Generator
 
@@ -29,7 +30,7 @@ class VideoTask(Task):
     """Common part: the frames of the clip and the objects seen in it."""
 
     views = "v"
-    tags = ("benchmark_like:vsi",)
+    tags: ClassVar[tuple[str, ...]] = ("benchmark_like:vsi",)
 
     def clip(self, ctx: SceneContext) -> list[str]:
         """Ids of the frames shown to the model.

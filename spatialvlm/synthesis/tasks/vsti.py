@@ -13,10 +13,10 @@ import numpy as np
 from numpy.random import Generator
 
 from spatialvlm.synthesis.context import SceneContext, View, require, require_range, tightest
+from spatialvlm.synthesis.relations import GAP_M, above, left_of, separation
 from spatialvlm.synthesis.rows import QA, Args, Derived, Margin, Reason, Reject
 from spatialvlm.synthesis.tasks.base import shuffled, take_turns, tuples
 from spatialvlm.synthesis.tasks.camera import move_in_view
-from spatialvlm.synthesis.tasks.relation import GAP_M, above, left_of, separation
 from spatialvlm.synthesis.tasks.vsi import VideoTask, number_turn
 from spatialvlm.synthesis.writer import Writer, dominant
 

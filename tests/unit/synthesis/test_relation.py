@@ -6,8 +6,8 @@ import pytest
 from spatialvlm.scenes.boxes import Box
 from spatialvlm.scenes.cameras import Camera
 from spatialvlm.synthesis.context import View
+from spatialvlm.synthesis.relations import left_of, separation
 from spatialvlm.synthesis.rows import Reason, Reject
-from spatialvlm.synthesis.tasks.relation import left_of, separation
 
 
 def test_left_right_is_decided_by_separated_extents(ask):
