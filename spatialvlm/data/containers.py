@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spatialvlm.data.formats.base import IMAGE_SUFFIXES, VIDEO_SUFFIXES, suffix
+from spatialvlm.data.media.video import natural_key
 from spatialvlm.data.sample import MediaRef
 from spatialvlm.errors import ConfigError, DataError, MediaError
 
@@ -456,15 +457,6 @@ class TarRows(Container):
             "images": [{"tar": n} for n in images],
             "videos": [{"tar": n} for n in videos],
         }
-
-
-def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Sort key that puts ``frame_9`` before ``frame_10``."""
-    return [
-        (0, int(part), "") if part.isdigit() else (1, 0, part)
-        for part in re.split(r"([0-9]+)", name)
-        if part
-    ]
 
 
 def _tar_key(name: str) -> str:

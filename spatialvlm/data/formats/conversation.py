@@ -398,6 +398,11 @@ def _pieces(content: Any, number: int, attrs: SourceAttrs, place: Place) -> list
     return pieces
 
 
+def has_marker(text: str) -> bool:
+    """Whether text would be read as holding a media marker."""
+    return _MARKER.search(text) is not None
+
+
 def _split(text: str) -> list[Piece]:
     """Text cut at its markers; white space stays as written."""
     if "<" not in text:

@@ -156,7 +156,7 @@ def choose_by_rate(seconds: Sequence[float], fps: float, max_frames: int) -> tup
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Sort key that puts ``frame_10`` after ``frame_9``."""
     return [
-        (0, int(part), "") if part.isdigit() else (1, 0, part)
+        (0, int(part), "") if part.isdecimal() else (1, 0, part)
         for part in re.split(r"(\d+)", name)
         if part
     ]
