@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spatialvlm.errors import AlignmentError, ConfigError
 from spatialvlm.models.backbones import Backbone
-from spatialvlm.models.geometry.base import GeometryEncoder, GeometryFeatures
+from spatialvlm.models.geometry.base import GeometryEncoder, GeometryFeatures, assert_frozen
 from spatialvlm.models.geometry.cache import CachedEncoder
 from spatialvlm.models.geometry.fusion import GeometryFusion
 from spatialvlm.sequence.pixels import split_frames
@@ -40,6 +40,7 @@ class GeometryBranch:
     settings: Mapping[str, Any]
     spatial_id: int | None
     lru_items: int = 4
+    _calls: int = 0
     _recent: OrderedDict[str, GeometryFeatures] = field(default_factory=OrderedDict)
 
     def features(self, batch: Batch) -> list[GeometryFeatures]:
@@ -47,11 +48,15 @@ class GeometryBranch:
 
         Raises:
             AlignmentError: Group frames are missing.
+            GeometryError: Something unfroze or sharded the encoder (looked at every ``check_every`` calls).
         """
         frames = group_frames(batch)
         if not frames:
             return []
         assert self.encoder is not None
+        if self._calls % self.settings["check_every"] == 0:
+            assert_frozen(self.encoder)
+        self._calls += 1
         keys = [
             key or f"#{index}"
             for index, key in enumerate(batch.get("geometry_keys") or [""] * len(frames))

@@ -277,6 +277,8 @@ class GeometryFusion(nn.Module):
         fused, ratio = self._fuse(vision_g, tokens_g, layers, projector)
         anchor = fused.new_zeros((), dtype=torch.float32)
         if self.insertion == "in_place":
+            # When every medium has geometry, nothing else keeps the 2D tokens in the graph.
+            anchor = 0.0 * visual_tokens[:1].float().sum()
             rows = _replace(visual_tokens, fused, [count // unit for count in patches], chosen)
             return FusionOutput(fused[:0], rows, ratio, anchor)
         grids = [grid for grid, keep in zip(media_grid, chosen, strict=True) if keep]

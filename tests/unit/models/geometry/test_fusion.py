@@ -179,6 +179,17 @@ def test_in_place_uses_the_vision_projector(scene):
     assert scene[0].fc1.weight.grad.abs().sum() > 0
 
 
+def test_in_place_keeps_the_2d_tokens_in_the_graph(scene):
+    projector, vision, _, features = scene
+    module = fusion_for(projector, insertion="in_place")
+    tokens = projector(vision[:16]).detach().requires_grad_()
+    one = [GeometryFeatures({1: features[0].layers[1][:1]}, None, (1, 3, 3))]
+    out = module(vision[:16], tokens, one, [(1, 4, 4)], [0], projector)
+    (out.visual_tokens.sum() + out.anchor).backward()
+    assert tokens.grad is not None
+    assert (tokens.grad == 0).all()
+
+
 def test_several_layers_have_their_own_norms(scene):
     projector, vision, tokens, features = scene
     doubled = [
