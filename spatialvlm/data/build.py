@@ -351,8 +351,8 @@ def build_mixture(
                 eligible=eligible,
                 content_key=index.content_key,
                 weight=section.weight,
-                repeat=section.repeat,
-                fraction=section.fraction * data.fraction,
+                repeat=section.repeat * max(1.0, index.source.repeat_time),
+                fraction=section.fraction * data.fraction * min(1.0, index.source.repeat_time),
                 max_samples=section.max_samples,
                 capability=index.column("capability"),
                 capabilities=index.capabilities,
@@ -360,6 +360,7 @@ def build_mixture(
                 if data.unit == "tokens"
                 else None,
                 difficulty=_curriculum_key(index, data) if data.order == "curriculum" else None,
+                cache_dir=index.folder,
             )
         )
     length = data.length
