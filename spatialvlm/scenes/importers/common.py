@@ -1,0 +1,332 @@
+"""What all importers share: labels, lenient boxes and poses, frame choice, counters, finishing."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from spatialvlm.errors import BoxError, CameraError, SceneSchemaError
+from spatialvlm.scenes.boxes import Box, Symmetry, canonicalise_axes, refit_upright
+from spatialvlm.scenes.cameras import Camera
+from spatialvlm.scenes.io import load_depth, load_instances
+from spatialvlm.scenes.schema import BoxQuality, Frame, Object, Scene
+from spatialvlm.scenes.transforms import Array
+from spatialvlm.scenes.visibility import OccupancyRule, frame_visibility
+
+LABEL_MAP_VERSION = "v1"
+DUPLICATE_IOU = 0.95
+MAX_FRAMES = 400
+IRREGULAR_PLURALS = {"shelves": "shelf", "knives": "knife", "leaves": "leaf"}
+
+
+@dataclass
+class ImportReport:
+    """What was left out, by reason, and which scenes failed."""
+
+    counters: Counter[str] = field(default_factory=Counter)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def count(self, reason: str, number: int = 1) -> None:
+        """Add to a reason."""
+        if number:
+            self.counters[reason] += number
+
+    def merge(self, other: "ImportReport") -> None:
+        """Add another report."""
+        self.counters.update(other.counters)
+        self.failed.update(other.failed)
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """Choices common to all importers."""
+
+    num_frames: int | None = 32
+    """Evenly spaced frames per scene; ``None`` takes all, at most 400."""
+    upright: bool = False
+    """Turn sideways images (3RScan, ARKitScenes), intrinsics and poses together."""
+    occupancy: OccupancyRule = "robust"
+    media: Path | None = None
+    """Folder for pictures that have to be extracted or turned; beside the scene when ``None``."""
+
+
+@lru_cache(maxsize=1)
+def _label_map() -> dict[str, str]:
+    path = Path(__file__).with_name(f"labels_{LABEL_MAP_VERSION}.yaml")
+    loaded: dict[str, str] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return loaded
+
+
+def normalise_label(raw: str) -> str:
+    """Lower case, single blanks, synonyms merged, plurals of known words made singular."""
+    label = " ".join(str(raw).lower().replace("_", " ").split())
+    last = label.rsplit(" ", 1)[-1]
+    if last in IRREGULAR_PLURALS:
+        label = label[: -len(last)] + IRREGULAR_PLURALS[last]
+    return _label_map().get(label, label)
+
+
+def choose_frames(count: int, wanted: int | None) -> list[int]:
+    """Indices of evenly spaced frames, ends included, without repeats."""
+    limit = min(count, MAX_FRAMES if wanted is None else wanted)
+    if limit <= 0:
+        return []
+    return sorted(set(np.round(np.linspace(0, count - 1, limit)).astype(int).tolist()))
+
+
+@dataclass
+class ObjectList:
+    """Collects objects leniently: what is broken is dropped and counted."""
+
+    report: ImportReport
+    objects: list[Object] = field(default_factory=list)
+
+    def add(
+        self,
+        box_values: tuple[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike],
+        raw_label: str,
+        *,
+        native_id: str,
+        label_source: str,
+        quality: BoxQuality = "annotated",
+        has_front: bool = False,
+        symmetry: Symmetry = "c2",
+        metric: bool = True,
+        color_name: str | None = None,
+        refit_tilted: bool = False,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        """Add an object from ``(center, size, rotation with the axes as columns)``.
+
+        The axes are relabelled so that z is up; ``extra.source_axes`` keeps the original rotation.
+        ``refit_tilted`` replaces boxes that tilt more than 10 degrees by upright ones around them.
+        """
+        try:
+            box = Box(*(np.asarray(value, dtype=np.float64) for value in box_values))
+        except BoxError:
+            self.report.count("bad_box")
+            return
+        upright = canonicalise_axes(box, has_front=has_front)
+        if refit_tilted and not upright.is_upright:
+            upright, quality = refit_upright(upright), "refit"
+            self.report.count("refit_box")
+        label = normalise_label(raw_label)
+        self.objects.append(
+            Object(
+                index=len(self.objects),
+                id=native_id,
+                label=label,
+                raw_label=str(raw_label),
+                label_source=label_source,
+                center=upright.center,
+                size=upright.size,
+                R=upright.rotation,
+                metric=metric,
+                has_front=has_front,
+                symmetry="none" if has_front else symmetry,
+                color_name=color_name,
+                box_quality=quality,
+                extra={"source_axes": np.round(box.rotation, 9).tolist(), **(extra or {})},
+            )
+        )
+
+    def finish(self) -> list[Object]:
+        """Merge duplicates, make ids unique and renumber."""
+        kept = merge_duplicates(self.objects, self.report)
+        names: Counter[str] = Counter()
+        finished = []
+        for index, item in enumerate(kept):
+            names[item.id] += 1
+            name = item.id if names[item.id] == 1 else f"{item.id}-{names[item.id]}"
+            finished.append(replace(item, index=index, id=name))
+        return finished
+
+
+def box_iou(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes; tilted ones are compared by their upright hulls."""
+    from shapely.geometry import Polygon
+
+    flat = Polygon(a.footprint).intersection(Polygon(b.footprint)).area
+    height = min(a.z_max, b.z_max) - max(a.z_min, b.z_min)
+    shared = flat * max(height, 0.0)
+    volumes = [Polygon(box.footprint).area * (box.z_max - box.z_min) for box in (a, b)]
+    return float(shared / (sum(volumes) - shared))
+
+
+def merge_duplicates(objects: Sequence[Object], report: ImportReport) -> list[Object]:
+    """Identical boxes (IoU > 0.95): one of equal labels stays; of different labels none is a target."""
+    kept: list[Object] = []
+    for item in objects:
+        twin = next(
+            (
+                i
+                for i, other in enumerate(kept)
+                if np.abs(other.center - item.center).max() < 0.1
+                and box_iou(other.box, item.box) > DUPLICATE_IOU
+            ),
+            None,
+        )
+        if twin is None:
+            kept.append(item)
+        elif kept[twin].label == item.label:
+            report.count("duplicate_box")
+        else:
+            report.count("conflicting_box", 2)
+            kept[twin] = replace(
+                kept[twin], extra={**kept[twin].extra, "excluded": "conflicting_box"}
+            )
+            kept.append(replace(item, extra={**item.extra, "excluded": "conflicting_box"}))
+    return kept
+
+
+@dataclass
+class FrameList:
+    """Collects frames leniently: a pose that is not finite or not rigid is dropped and counted."""
+
+    report: ImportReport
+    frames: list[Frame] = field(default_factory=list)
+
+    def add(
+        self,
+        frame_id: str,
+        *,
+        intrinsics: npt.ArrayLike,
+        world_from_cam: npt.ArrayLike,
+        width: int,
+        height: int,
+        **fields: Any,
+    ) -> None:
+        """Add a frame; ``intrinsics`` may be 4x4 (the upper left block counts)."""
+        k = np.asarray(intrinsics, dtype=np.float64)[:3, :3]
+        pose = np.asarray(world_from_cam, dtype=np.float64)
+        if not np.isfinite(pose).all():
+            self.report.count("bad_pose")
+            return
+        try:
+            camera = Camera(k, pose, width, height)
+        except CameraError:
+            self.report.count("bad_pose")
+            return
+        self.frames.append(
+            Frame(
+                frame_id=frame_id,
+                rgb=fields.pop("rgb", None),
+                width=width,
+                height=height,
+                intrinsics=camera.intrinsics,
+                world_from_cam=camera.world_from_cam,
+                **fields,
+            )
+        )
+
+    def finish(self, scene_id: str) -> list[Frame]:
+        """The frames in the order of their times.
+
+        Raises:
+            SceneSchemaError: No frame is left.
+        """
+        if not self.frames:
+            raise SceneSchemaError(
+                f"{scene_id}: no usable frame ({self.report.counters['bad_pose']} without a valid pose)."
+            )
+        if all(frame.time_s is not None for frame in self.frames):
+            self.frames.sort(key=lambda frame: frame.time_s or 0.0)
+        return self.frames
+
+
+def turn_upright(rgb: Array, frame: Frame, quarter_turns: int) -> tuple[Array, Frame]:
+    """Rotate an image counter-clockwise by quarter turns, its intrinsics and pose with it.
+
+    Args:
+        rgb: ``[H, W]`` or ``[H, W, 3]``.
+        frame: Record of the unturned image.
+        quarter_turns: Number of counter-clockwise quarter turns.
+
+    Returns:
+        Turned image and the record with exchanged size; the same world points project to the same
+        image content.
+    """
+    turned: Array = np.rot90(rgb, quarter_turns)
+    k, pose = frame.intrinsics.copy(), frame.world_from_cam.copy()
+    width, height = frame.width, frame.height
+    for _ in range(quarter_turns % 4):
+        # Pixel (u, v) moves to (v, width - u): new x = old y, new y = -old x.
+        k = np.array([[k[1, 1], 0, k[1, 2]], [0, k[0, 0], width - k[0, 2]], [0, 0, 1]])
+        pose[:3, :3] = np.stack([pose[:3, 1], -pose[:3, 0], pose[:3, 2]], axis=1)
+        width, height = height, width
+    return turned, replace(frame, width=width, height=height, intrinsics=k, world_from_cam=pose)
+
+
+def quarter_turns_to_upright(camera: Camera) -> int:
+    """Counter-clockwise quarter turns after which image-up is closest to world-up."""
+    up_in_image = camera.rotation[2, :2]  # image-right and image-down components of world up
+    angle = np.degrees(np.arctan2(-up_in_image[1], up_in_image[0]))  # 90 = already upright
+    return int(np.round((90 - angle) / 90)) % 4
+
+
+def measure_visibility(
+    scene: Scene, report: ImportReport, *, occupancy: OccupancyRule = "robust"
+) -> Scene:
+    """Fill the visibility records from depth and instance maps where they are stored.
+
+    Without either, boxes hide each other and the frame is marked ``extra.unfiltered``.
+    """
+    boxes = [item.box for item in scene.objects]
+    frames = []
+    for frame in scene.frames:
+        depth = load_depth(scene, frame) if frame.depth else None
+        ids = load_instances(scene, frame) if frame.instance_map else None
+        if depth is None:
+            report.count("unfiltered_frame")
+        elif frame.depth_kind == "z" and depth_kind_suspect(depth, frame.camera, scene):
+            report.count("depth_kind_suspect")
+        extra = frame.extra if depth is not None else {**frame.extra, "unfiltered": True}
+        visible = frame_visibility(boxes, frame.camera, depth, ids, occupancy=occupancy)
+        frames.append(replace(frame, visible=visible, extra=extra))
+    return replace(scene, frames=frames)
+
+
+def depth_kind_suspect(depth: Array, camera: Camera, scene: Scene) -> bool:
+    """Whether floor pixels fit the floor much better when the depth is read as ray distance."""
+    if scene.room is None or not scene.gravity_aligned:
+        return False
+    rows = np.arange(0, camera.height, max(1, camera.height // 40))
+    columns = np.arange(0, camera.width, max(1, camera.width // 40))
+    pixels = np.stack(np.meshgrid(columns, rows), axis=-1).reshape(-1, 2)
+    values = depth[pixels[:, 1], pixels[:, 0]].astype(np.float64)
+    rays = camera.rays(pixels + 0.5)
+    world = rays @ camera.rotation.T
+    valid = (values > 0) & (world[:, 2] < -0.2)
+    expected = (scene.room.floor_z - camera.centre[2]) / np.where(valid, world[:, 2], -1.0)
+    length = np.linalg.norm(rays, axis=1)
+
+    def share(measured: Array) -> float:
+        close = np.abs(measured - expected) < 0.02 * expected
+        return float((close & valid).sum() / max(1, valid.sum()))
+
+    return share(values / length) > max(0.2, 2 * share(values))
+
+
+def rebase(scene: Scene, folder: Path) -> Scene:
+    """Rewrite media paths so that they are relative to ``folder``, where the scene file will be."""
+    if scene.root is None:
+        return replace(scene, root=folder)
+    root = scene.root.resolve()
+
+    def moved(path: str | None) -> str | None:
+        return None if path is None else os.path.relpath(root / path, folder.resolve())
+
+    frames = [
+        replace(f, rgb=moved(f.rgb), depth=moved(f.depth), instance_map=moved(f.instance_map))
+        for f in scene.frames
+    ]
+    return replace(
+        scene, frames=frames, mesh=moved(scene.mesh), points=moved(scene.points), root=folder
+    )

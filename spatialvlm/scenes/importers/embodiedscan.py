@@ -1,0 +1,199 @@
+"""EmbodiedScan annotation pickles, v1 and v2 (Wang et al., CVPR 2024).
+
+Layout: ``{"metainfo": {"categories": {name: id}}, "data_list": [...]}``; every entry has
+``sample_idx`` ("scannet/scene0000_00", "matterport3d/<building>/<region>", ...), ``images`` and
+``instances``. Boxes are nine numbers (centre, size, intrinsic z-x-y angles) in the axis-aligned world;
+poses are ``axis_align_matrix @ cam2global``.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from spatialvlm.errors import ImporterError
+from spatialvlm.scenes.blacklist import room_of
+from spatialvlm.scenes.boxes import Box
+from spatialvlm.scenes.codecs import box_codec
+from spatialvlm.scenes.importers.common import (
+    FrameList,
+    ImportOptions,
+    ImportReport,
+    ObjectList,
+    choose_frames,
+    measure_visibility,
+    quarter_turns_to_upright,
+    turn_upright,
+)
+from spatialvlm.scenes.importers.unpickle import safe_load
+from spatialvlm.scenes.io import load_depth, load_rgb
+from spatialvlm.scenes.schema import Frame, Scene
+from spatialvlm.scenes.transforms import Array
+
+LICENSES = {"scannet": "ScanNet-TOU", "3rscan": "3RScan-TOU", "matterport3d": "Matterport-EULA",
+            "arkitscenes": "ARKitScenes-CC-BY-NC-SA"}  # fmt: skip
+DEPTH_SCALE = {"matterport3d": 4000.0}
+
+
+def list_scenes(root: Path) -> list[str]:
+    """``<pickle name>::<sample_idx>`` of every scene of every annotation file below ``root``."""
+    names = []
+    for path in sorted(root.glob("*.pkl")):
+        names += [f"{path.name}::{entry['sample_idx']}" for entry in _entries(path)[1]]
+    return names
+
+
+def read_scene(root: Path, name: str, options: ImportOptions, report: ImportReport) -> Scene:
+    """One scene by the name that :func:`list_scenes` gave.
+
+    Raises:
+        ImporterError: Keys are missing.
+        UnsafePickleError: The pickle contains other things than containers and arrays.
+    """
+    file, _, sample = name.partition("::")
+    categories, entries = _entries(root / file)
+    entry = next((e for e in entries if e["sample_idx"] == sample), None)
+    if entry is None:
+        raise ImporterError(f"{root / file}: no scene {sample!r}.")
+    return _scene(root, file, entry, categories, options, report)
+
+
+def iter_scenes(root: Path, options: ImportOptions, report: ImportReport) -> Iterator[Scene]:
+    """All scenes below ``root``."""
+    for name in list_scenes(root):
+        yield read_scene(root, name, options, report)
+
+
+_CACHE: dict[Path, tuple[dict[int, str], list[dict[str, Any]]]] = {}
+
+
+def _entries(path: Path) -> tuple[dict[int, str], list[dict[str, Any]]]:
+    """Category names by id and the scenes of one file; the last file stays in memory."""
+    if path not in _CACHE:
+        content = safe_load(path)
+        try:
+            categories = {int(v): str(k) for k, v in content["metainfo"]["categories"].items()}
+            entries = list(content["data_list"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ImporterError(
+                f"{path}: not an EmbodiedScan file, {error!r} is missing. Expected "
+                "metainfo.categories and data_list."
+            ) from error
+        _CACHE.clear()
+        _CACHE[path] = (categories, entries)
+    return _CACHE[path]
+
+
+def _scene(
+    root: Path,
+    file: str,
+    entry: Mapping[str, Any],
+    categories: Mapping[int, str],
+    options: ImportOptions,
+    report: ImportReport,
+) -> Scene:
+    source, _, native = str(entry["sample_idx"]).partition("/")
+    if source not in LICENSES:
+        raise ImporterError(f"{file}: sample_idx {entry['sample_idx']!r} names no known dataset.")
+    if source == "arkitscenes":
+        native = native.split("/")[-1]
+    scene_id = f"{source}/{native}"
+    align = np.asarray(entry.get("axis_align_matrix", np.eye(4)), dtype=np.float64)
+    codec = box_codec("embodiedscan_zxy")
+    objects = ObjectList(report)
+    for position, instance in enumerate(entry.get("instances", ())):
+        values = [float(v) for v in instance["bbox_3d"]]
+        rotation = codec.decode([0, 0, 0, 1, 1, 1, *np.nan_to_num(values[6:9])]).rotation
+        objects.add(
+            (values[:3], values[3:6], rotation),
+            categories.get(int(instance["bbox_label_3d"]), "unknown"),
+            native_id=str(instance.get("bbox_id", position)),
+            label_source="embodiedscan",
+        )
+    frames = FrameList(report)
+    images = list(entry.get("images", ()))
+    for index in choose_frames(len(images), options.num_frames):
+        image = images[index]
+        path = root / image["img_path"]
+        width, height = _size(path)
+        intrinsics = image.get("cam2img", entry.get("cam2img"))
+        if intrinsics is None:
+            raise ImporterError(
+                f"{file}: {scene_id} has no cam2img, neither per scene nor per image."
+            )
+        depth = image.get("depth_path")
+        with np.errstate(invalid="ignore"):  # lost frames have poses of -inf; the list drops them
+            pose = align @ np.asarray(image["cam2global"], dtype=np.float64)
+        frames.add(
+            Path(image["img_path"]).stem,
+            intrinsics=intrinsics,
+            world_from_cam=pose,
+            width=width,
+            height=height,
+            rgb=image["img_path"],
+            depth=depth if depth and (root / depth).is_file() else None,
+            depth_scale=DEPTH_SCALE.get(source, 1000.0),
+            extra={"visible_instance_ids": [int(i) for i in image.get("visible_instance_ids", ())]},
+        )
+    scene = Scene(
+        scene_id=scene_id,
+        room_id=room_of(scene_id),
+        source=source,
+        objects=objects.finish(),
+        frames=frames.finish(scene_id),
+        split=next((s for s in ("train", "val", "test") if s in file), "train"),
+        license=LICENSES[source],
+        root=root,
+    )
+    if options.upright:
+        scene = _turned(scene, options)
+    return measure_visibility(scene, report, occupancy=options.occupancy)
+
+
+def _size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except OSError as error:
+        raise ImporterError(f"{path}: cannot be opened as an image: {error}.") from error
+
+
+def _turned(scene: Scene, options: ImportOptions) -> Scene:
+    """The scene with sideways images turned; turned copies are written below ``options.media``."""
+    if options.media is None:
+        raise ImporterError(
+            f"{scene.scene_id}: turning images needs a folder for the turned copies."
+        )
+    frames: list[Frame] = []
+    for frame in scene.frames:
+        turns = quarter_turns_to_upright(frame.camera)
+        if turns == 0:
+            frames.append(frame)
+            continue
+        folder = options.media / scene.scene_id
+        folder.mkdir(parents=True, exist_ok=True)
+        rgb, moved = turn_upright(load_rgb(scene, frame), frame, turns)
+        target = folder / f"{frame.frame_id}.jpg"
+        Image.fromarray(np.ascontiguousarray(rgb)).save(target, quality=95)
+        depth_path = None
+        if frame.depth is not None:
+            depth: Array = np.rot90(load_depth(scene, frame), turns)
+            depth_path = folder / f"{frame.frame_id}_depth.png"
+            Image.fromarray(np.round(depth * 1000).astype(np.uint16)).save(depth_path)
+        frames.append(
+            replace(
+                moved,
+                rgb=str(target.resolve()),
+                depth=None if depth_path is None else str(depth_path.resolve()),
+                depth_scale=1000.0,
+            )
+        )
+    return replace(scene, frames=frames)
+
+
+def box_values(box: Box) -> list[float]:
+    """Nine numbers of a box in EmbodiedScan's convention."""
+    return box_codec("embodiedscan_zxy").encode(box)
