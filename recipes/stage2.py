@@ -16,6 +16,7 @@ failure; ``run.json`` says which. See docs/training.md.
 """
 
 import sys
+from functools import partial
 
 from spatialvlm.config import TrainConfig
 from spatialvlm.training.entry import Arguments, run_recipe
@@ -27,8 +28,9 @@ def main(config: TrainConfig, arguments: Arguments) -> None:
     from spatialvlm.data.build import build_data
     from spatialvlm.data.sample import World
     from spatialvlm.models.build import build_layout, build_model
+    from spatialvlm.models.isolation import probe_isolation
     from spatialvlm.synthesis.marks import draw_marks
-    from spatialvlm.training.build import build_cost, build_engine, build_groups, build_session
+    from spatialvlm.training import build
     from spatialvlm.training.distributed import leave, start_processes
     from spatialvlm.training.finish import close_run
     from spatialvlm.training.loop import train
@@ -49,25 +51,32 @@ def main(config: TrainConfig, arguments: Arguments) -> None:
         config.geometry,
         attention=config.packing.attention,
         head_rows=config.memory.head_rows,
+        dtype=build.load_dtype(config),
         device=processes.device,
     )
-    parts, groups = build_groups(config, model)
+    run.say(probe_isolation(model))
+    parts, groups = build.build_groups(config, model)
     run.show_groups(parts, groups)
-    cost = build_cost(config, model)
-    engine = build_engine(config, model, groups, processes)
+    cost = build.build_cost(config, model)
+    engine = build.build_engine(config, model, groups, processes)
     state, guard = run.resume(engine)
-    loader = build_data(
-        config,
-        run.base,
-        layout,
-        cost.balance,
-        World(processes.rank, processes.size),
+
+    blocked = build.SceneLists(config.data.decontamination.lists)
+    load = partial(
+        build_data,
+        checkpoint_dir=run.base,
+        layout=layout,
+        cost=cost.balance,
+        world=World(processes.rank, processes.size),
+        blocked=blocked,
+        blocked_key=blocked.key,
         draw_marks=draw_marks,
-        state=state.loader or None,
         report=run.say,
     )
+    loader = load(config, state=state.loader or None)
+    eval_fn = build.build_held_out(config, load, model, processes)
 
-    session = build_session(config, run, state, guard, loader, cost.model)
+    session = build.build_session(config, run, state, guard, loader, cost.model)
     outcome = train(
         session.run,
         state,
@@ -78,7 +87,7 @@ def main(config: TrainConfig, arguments: Arguments) -> None:
         guard=guard,
         stop=session.stop,
         watch=session.watch,
-        eval_fn=session.eval_fn,
+        eval_fn=eval_fn,
     )
     close_run(config, run, state, engine, session, outcome)
     return leave(processes)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from spatialvlm.config import TrainConfig
+from spatialvlm.config.data import LengthConfig
 from spatialvlm.errors import ConfigError, LaunchError
 from spatialvlm.models.build import cost_coefficients
+from spatialvlm.models.lora import add_adapters
 from spatialvlm.models.param_groups import freeze_modules, split_parts
 from spatialvlm.models.spatial_vlm import SpatialVLM
+from spatialvlm.scenes.blacklist import Blacklist, find_ids, load_list, shipped_lists
 from spatialvlm.training.distributed import Processes, launched_with_deepspeed
 from spatialvlm.training.engines import Engine, Strategy, deepspeed_settings, make_engine
+from spatialvlm.training.evaluate_loss import HeldOutLoss
 from spatialvlm.training.guard import Guard
 from spatialvlm.training.loop import EvalFn, Fetcher, Run
 from spatialvlm.training.loss import LossSums
@@ -61,14 +67,29 @@ def learning_rates(config: TrainConfig) -> dict[str, float | None]:
     return rates
 
 
+def load_dtype(config: TrainConfig) -> torch.dtype:
+    """Type the initial weights are loaded in; what trains is promoted to fp32 masters afterwards."""
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
 def build_groups(config: TrainConfig, model: SpatialVLM) -> tuple[dict[str, Any], list[Group]]:
-    """Freeze by learning rate and plan the optimizer groups; call it before wrapping.
+    """Add adapters, freeze by learning rate, and plan the optimizer groups; call it before wrapping.
 
     Raises:
-        ConfigError: See :func:`~spatialvlm.training.optim.plan_groups`.
+        ConfigError: See :func:`~spatialvlm.training.optim.plan_groups` and
+            :func:`~spatialvlm.models.lora.add_adapters`.
     """
-    parts: Parts = split_parts(model)
     rates = learning_rates(config)
+    if config.lora is not None:
+        add_adapters(
+            model,
+            config.lora.parts,
+            rank=config.lora.r,
+            alpha=config.lora.alpha,
+            dropout=config.lora.dropout,
+            dora=config.lora.dora,
+        )
+    parts: Parts = split_parts(model)
     freeze_by_rate(parts, rates)
     model.train()
     freeze_modules(model)
@@ -76,6 +97,10 @@ def build_groups(config: TrainConfig, model: SpatialVLM) -> tuple[dict[str, Any]
     groups = plan_groups(
         model, parts, rates, weight_decay=config.optim.weight_decay, weight_decay_by_part=by_part
     )
+    for members in parts.values():
+        for _, parameter in members:
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     return dict(parts), groups
 
 
@@ -187,6 +212,78 @@ def build_cost(config: TrainConfig, model: SpatialVLM) -> Cost:
     )
 
 
+class SceneLists:
+    """Looks up scene and room ids in block lists; a plain object, so that index workers can receive it.
+
+    Args:
+        names: Built-in list names, or paths of text files with one scene id per line.
+
+    Raises:
+        ConfigError: A name is neither.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        shipped = {entry.name.lower().replace("-", "_"): entry for entry in shipped_lists()}
+        unknown = [name for name in names if name not in shipped and not Path(name).is_file()]
+        if unknown:
+            raise ConfigError(
+                f"data.decontamination.lists: {unknown} are neither files nor one of {sorted(shipped)}."
+            )
+        lists = [shipped[name] if name in shipped else load_list(name) for name in names]
+        self.lists = [(entry.name, Blacklist([entry])) for entry in lists]
+        text = repr([(entry.name, sorted(entry.scene_ids)) for entry in lists])
+        self.key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        """Identity of the lists, part of the index key."""
+
+    def __call__(self, text: str) -> tuple[str, ...] | None:
+        """Names of the lists that ``text`` hits; ``None`` when it names no known scene or room."""
+        if not find_ids(text):
+            return () if text.startswith("rooms/") else None  # procedural rooms are nobody's test set
+        return tuple(name for name, blacklist in self.lists if blacklist.hits(text))
+
+
+def build_held_out(
+    config: TrainConfig,
+    load: Callable[..., Any],
+    model: SpatialVLM,
+    processes: Processes,
+) -> EvalFn | None:
+    """Loss on ``evaluation.sources`` for the loop; ``None`` when there are none.
+
+    Args:
+        config: Recipe.
+        load: :func:`~spatialvlm.data.build.build_data` with everything but the configuration bound.
+        model: The plain model inside the engine.
+        processes: Ranks.
+    """
+    sources = config.evaluation.sources
+    if not sources:
+        return None
+    families = dict.fromkeys((source.family for source in sources), 1.0)
+    data = config.data.model_copy(
+        update={
+            "sources": sources,
+            "families": families,
+            "length": LengthConfig(samples=config.evaluation.max_samples),
+            "order": "shuffled",
+            "tail": "pad",
+        }
+    )
+    held_out = config.model_copy(update={"data": data})
+
+    def restore_mode() -> None:
+        model.train()
+        freeze_modules(model)
+
+    return HeldOutLoss(
+        lambda: load(held_out),
+        processes,
+        tuple(source.name for source in sources),
+        tuple(source.family for source in sources),
+        restore_mode,
+    )
+
+
 @dataclass(slots=True)
 class Session:
     """What :func:`~spatialvlm.training.loop.train` is handed."""
@@ -200,7 +297,6 @@ class Session:
     watch: Watchdog
     trackers: Trackers | None
     progress: Progress | None
-    eval_fn: EvalFn | None
 
     def close(self) -> None:
         """Stop threads and workers, flush trackers."""
@@ -219,7 +315,6 @@ def build_session(
     guard: Guard,
     loader: Any,
     cost: CostCoefficients | None,
-    eval_fn: EvalFn | None = None,
 ) -> Session:
     """Schedule, trackers, saver, recorder, signals and watchdog of one launch.
 
@@ -311,7 +406,6 @@ def build_session(
         watch=watch,
         trackers=trackers,
         progress=progress,
-        eval_fn=eval_fn,
     )
 
 

@@ -72,7 +72,7 @@ def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> tupl
         for _, tensor in items:
             if not tensor.numel():
                 continue
-            data = memoryview(tensor.detach().cpu().contiguous().numpy()).cast("B")
+            data = tensor.detach().cpu().contiguous().numpy().data.cast("B")
             digest.update(data)
             file.write(data)
         file.flush()
@@ -437,7 +437,7 @@ class SliceReader:
             if left >= right:
                 continue
             if number not in self._open:
-                self._open[number] = safe_open(self.index.file(number), framework="pt").__enter__()
+                self._open[number] = safe_open(self.index.file(number), framework="pt")
             piece = self._open[number].get_slice(f"{kind}/{fqn}")[left - offset : right - offset]
             out[left - start : right - start] = piece
         return out

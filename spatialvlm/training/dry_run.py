@@ -50,8 +50,6 @@ def dry_run(config: TrainConfig) -> None:
     out = sys.stdout
     out.write(f"--- configuration\n{dump_yaml(config)}")
     model = build_meta_model(backbone_file(config.model.backbone), config.geometry)
-    if config.lora is not None:
-        model = add_adapters(config, model)
     parts, groups = build_groups(config, model)
     trainable = sum(group.numel for group in groups)
     total = sum(p.numel() for _, members in parts.items() for _, p in members)
@@ -78,14 +76,6 @@ def dry_run(config: TrainConfig) -> None:
         out.write("steps: unknown until the data files are here\n")
     out.write("\n--- compute\n" + describe_compute(config, model, steps) + "\n")
     out.write("\n--- memory\n" + describe_memory(config, trainable, total - trainable) + "\n")
-
-
-def add_adapters(config: TrainConfig, model: SpatialVLM) -> SpatialVLM:
-    """Low-rank adapters on the meta device."""
-    from spatialvlm.training.build import adapt
-
-    adapt(config, model)
-    return model
 
 
 def source_files(source: SourceConfig) -> list[Path]:

@@ -452,7 +452,7 @@ def deepspeed_settings(
     settings["bf16"] = (
         {"enabled": bf16, "check_grad_overflow": True} if bf16 else {"enabled": False}
     )
-    settings["communication_data_type"] = "bfp16" if bf16 and reduce_dtype == "bf16" else "fp32"
+    settings["communication_data_type"] = "bf16" if bf16 and reduce_dtype == "bf16" else "fp32"
     settings["zero_allow_untested_optimizer"] = True
     settings["zero_force_ds_cpu_optimizer"] = False
     return settings

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +91,6 @@ def run_recipe(
         else:
             train(config, arguments)
     except SpatialVLMError as error:
-        if error.__cause__ is not None:
-            traceback.print_exc()
         sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
         if config is not None and not arguments.dry_run:
             _record_failure(Path(config.run.dir), error)

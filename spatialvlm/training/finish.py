@@ -16,6 +16,8 @@ from torch import Tensor
 
 from spatialvlm.config import TrainConfig
 from spatialvlm.errors import CheckpointError
+from spatialvlm.models.lora import save_adapters
+from spatialvlm.models.spatial_vlm import SpatialVLM
 from spatialvlm.training.build import Session
 from spatialvlm.training.checkpoint import SliceReader
 from spatialvlm.training.engines import Engine
@@ -99,6 +101,8 @@ def export(
     """
     reader = SliceReader(checkpoint)
     frozen = engine.frozen(reader.index.shapes)
+    model = engine.model
+    assert isinstance(model, SpatialVLM)
 
     def write() -> None:
         work = target.with_name(target.name + ".tmp")
@@ -106,7 +110,10 @@ def export(
         dtype = torch.float32 if config.export.dtype == "fp32" else stored_dtype(run.base)
         try:
             state = full_state(engine, reader, frozen)
-            engine.model.save_pretrained(work, state_dict=state, dtype=dtype)  # type: ignore[operator]
+            if config.lora is not None and not config.export.merge_lora:
+                save_adapters(model, work, state_dict=state)
+            else:
+                model.save_pretrained(work, state_dict=state, dtype=dtype)
             shutil.rmtree(target, ignore_errors=True)
             work.rename(target)
             write_json(target.with_name(f"{target.name}.manifest.json"), folder_manifest(target))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -214,10 +214,8 @@ class Fetcher:
         except SpatialVLMError as error:
             return FetchedStep([], error=error)
         if step is None:
-            error = DataError(
-                "The data ended before the last planned step; rebuild the index.", reason="plan"
-            )
-            return FetchedStep([], error=error)
+            ended = "The data ended before the last planned step; rebuild the index."
+            return FetchedStep([], error=DataError(ended, reason="plan"))
         real = [batch for batch in step.batches if batch["uids"]]
         return FetchedStep(
             batches=[to_device(batch, self.device) for batch in step.batches],
@@ -243,4 +241,4 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()
     }
-    return Batch(**moved)  # type: ignore[typeddict-item]
+    return cast("Batch", moved)

@@ -18,7 +18,7 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], *, preserve_rng: bool) -> Non
         preserve_rng: Needed only when some dropout is active.
     """
     for block in blocks:
-        block.forward = functools.partial(_recompute, block.forward, preserve_rng)  # type: ignore[method-assign]
+        block.forward = functools.partial(_recompute, block.forward, preserve_rng)
 
 
 def _recompute(forward: Any, preserve_rng: bool, *args: Any, **kwargs: Any) -> Any:
@@ -33,4 +33,4 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
 
     torch._dynamo.config.recompile_limit = 8
     for block in blocks:
-        block.compile(dynamic=True)  # type: ignore[no-untyped-call]
+        block.compile(dynamic=True)

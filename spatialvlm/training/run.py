@@ -194,9 +194,11 @@ def _enter(config: TrainConfig, folder: RunFolder) -> tuple[dict[str, Any], Path
     _check_place(config)
     base, lineage = check_base(config)
     previous = folder.open()
+    found = checkpoints_in(folder.path / "checkpoints")
+    if not found and not previous.get("step"):
+        previous = {}  # nothing was ever trained here
     if previous:
         _compare(config, folder.path)
-    found = checkpoints_in(folder.path / "checkpoints")
     if config.run.resume == "none" and (found or previous):
         folder.unlock()
         raise LaunchError(

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from spatialvlm.errors import ConfigError
 
@@ -57,7 +57,7 @@ class TensorBoard:
         except ImportError as error:
             msg = 'log.tensorboard needs the package: pip install -e ".[tensorboard]".'
             raise ConfigError(msg) from error
-        self._writer: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder))
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
@@ -76,7 +76,7 @@ class Wandb:
         *,
         project: str,
         entity: str | None,
-        mode: str,
+        mode: Literal["online", "offline"],
         tags: Sequence[str],
         config: Mapping[str, Any],
         run_id: str | None,
@@ -141,7 +141,10 @@ def append_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Log lines by step, the last attempt of each; unreadable tails (a kill while writing) are left out."""
+    """Log lines by step, the last attempt of each; unreadable tails (a kill while writing) are left out.
+
+    Training and evaluation at one step are one record.
+    """
     if not path.is_file():
         return []
     by_step: dict[int, dict[str, Any]] = {}
@@ -150,5 +153,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        by_step[record["step"]] = record
+        known = by_step.get(record["step"], {})
+        by_step[record["step"]] = {**known, **record} if known.get("attempt") == record["attempt"] else record
     return [by_step[step] for step in sorted(by_step)]

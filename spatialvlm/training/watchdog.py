@@ -144,4 +144,4 @@ class Watchdog:
 def _store() -> Any:
     import torch.distributed as dist
 
-    return dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+    return dist.distributed_c10d._get_default_store()
