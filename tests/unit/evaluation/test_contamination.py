@@ -1,0 +1,186 @@
+"""Planted leaks at every level, legitimate repeats, unknown sources, exit codes."""
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from spatialvlm.evaluation import contamination as co
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def tool():
+    return runpy.run_path(str(ROOT / "tools" / "decontaminate.py"))["main"]
+
+
+def vsi_scans():
+    from spatialvlm.scenes.blacklist import shipped_lists
+
+    ids = sorted(scene for block in shipped_lists() for scene in block.scene_ids)
+    return [i.partition("/")[2] for i in ids if i.startswith("scannet/")]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def chat(text):
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": "x"}]
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """A benchmark with pictures, and training rows that touch it in every way."""
+    folder = tmp_path_factory.mktemp("leaks")
+    rng = np.random.default_rng(0)
+
+    def picture(path, seed):
+        small = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+        image = Image.fromarray(small).resize((96, 96), Image.Resampling.BICUBIC)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, quality=95) if path.suffix == ".jpg" else image.save(path)
+        return image
+
+    bench_image = picture(folder / "bench" / "imgs" / "q1.png", 1)
+    question = (
+        "Standing by the sofa and facing the table, is the lamp to my left or to my right side?"
+    )
+    bench = write(
+        folder / "bench.jsonl",
+        [
+            {"id": "1", "image": "imgs/q1.png", "scene_id": "scene0706_00", "question": question},
+            {
+                "id": "2",
+                "image": "imgs/q2.png",
+                "scene_id": "scene0706_00",
+                "question": "How many chairs?",
+            },
+        ],
+    )
+    train = folder / "train"
+    (train / "other").mkdir(parents=True)
+    (train / "other" / "copy.png").write_bytes((folder / "bench" / "imgs" / "q1.png").read_bytes())
+    bench_image.resize((90, 90)).save(train / "other" / "again.jpg", quality=60)
+    Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(
+        train / "other" / "noise.png"
+    )
+    rows = {
+        "scan": {"video": f"scannet/{vsi_scans()[0]}.mp4", "messages": chat("A?")},
+        "sibling": {"video": f"scannet_{vsi_scans()[0][:-2]}77/x.mp4", "messages": chat("A?")},
+        "windows": {
+            "image": f"D:\\data\\scans\\{vsi_scans()[1]}\\color\\1.jpg",
+            "messages": chat("A?"),
+        },
+        "copy": {"source": "web", "image": "other/copy.png", "messages": chat("A?")},
+        "again": {"source": "web", "image": "other/again.jpg", "messages": chat("A?")},
+        "template": {
+            "source": "web",
+            "image": "other/noise.png",
+            "messages": chat(f"<image>\n{question}"),
+        },
+        "same": {"scene_id": "scene0706_01", "messages": chat(question)},
+        "path": {"source": "web", "image": "deep/imgs/q2.png", "messages": chat("A?")},
+        "unknown": {"image": "x.png", "messages": chat("Q about scene0706_00 in words only")},
+        "fine": {"scene_id": "scene0001_00", "messages": chat("A?")},
+    }
+    path = write(folder / "train.jsonl", [{"id": name, **row} for name, row in rows.items()])
+    return folder, path, bench
+
+
+def levels(folder, path, bench):
+    benches = [
+        co.benchmark_keys("vsi"),
+        co.benchmark_keys(f"mine={bench}", root=folder / "bench", media=True),
+    ]
+    found = {}
+    for _, row in co.stream_records(path):
+        verdict = co.check_record(row, benches, root=folder / "train", media=True)
+        found[row["id"]] = (
+            sorted({(m.benchmark, m.level) for m in verdict.matches}),
+            verdict.known,
+        )
+    return found
+
+
+def test_every_level_is_found(planted):
+    found = levels(*planted)
+    assert found["scan"][0] == [("vsi", "scene")]
+    assert found["sibling"][0] == [("vsi", "room")]
+    assert found["windows"][0] == [("vsi", "scene")]
+    assert found["copy"][0] == [("mine", "media_sha256"), ("mine", "media_similar")]
+    assert found["again"][0] == [("mine", "media_similar")]
+    assert found["template"][0] == [("mine", "text")]  # reported, no hit
+    assert ("mine", "room") in found["same"][0]
+    assert ("mine", "text_same_scene") in found["same"][0]
+    assert found["path"][0] == [("mine", "image")]
+    assert found["fine"] == ([], True)
+    assert found["unknown"] == ([], False)
+
+
+def test_command_line(tool, planted, tmp_path, capsys):
+    folder, path, bench = planted
+    base = ["--train", str(path), "--bench", "vsi", f"mine={bench}", "--out", str(tmp_path / "out")]
+    media = [
+        "--media",
+        "--train-root",
+        str(folder / "train"),
+        "--bench-root",
+        str(folder / "bench"),
+    ]
+    assert tool([*base, *media]) == 0
+    assert (
+        "10 records: 7 with hits, 1 of unknown source, 1 repeated questions"
+        in capsys.readouterr().out
+    )
+    assert tool([*base, *media, "--fail-on-hit", "--drop"]) == 2
+    clean = [
+        json.loads(line)["id"]
+        for line in (tmp_path / "out" / "train.clean.jsonl").read_text().splitlines()
+    ]
+    assert clean == ["template", "unknown", "fine"]
+    removed = [
+        json.loads(line) for line in (tmp_path / "out" / "removed.jsonl").read_text().splitlines()
+    ]
+    assert len(removed) == 7
+    assert all(entry["reasons"] for entry in removed)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["hits"]["vsi"] == {"room": 1, "scene": 2}
+    assert summary["benchmarks"]["vsi"] == 288
+    header = (tmp_path / "out" / "hits.csv").read_text().splitlines()[0]
+    assert header == "train_file,line,id,benchmark,level,key"
+
+
+def test_exit_codes_without_hits(tool, tmp_path):
+    path = write(tmp_path / "t.jsonl", [{"id": "u", "image": "x.png"}])
+    base = ["--train", str(path), "--bench", "vsi", "--out", str(tmp_path / "out")]
+    assert tool([*base, "--fail-on-hit"]) == 0
+    assert tool([*base, "--fail-on-hit", "--fail-on-unknown"]) == 3
+    assert tool(["--train", str(path), "--bench", "nothing", "--out", str(tmp_path / "out")]) == 1
+    path.write_text("{")
+    assert tool(base) == 1
+
+
+def test_rooms_from_metadata(tmp_path):
+    (tmp_path / "metadata.csv").write_text(
+        "video_id,visit_id,fold\n41069021,421,Training\n41069025,421,Training\n"
+    )
+    aliases = co.arkit_rooms(tmp_path / "metadata.csv")
+    assert set(aliases.values()) == {"arkitscenes/visit-421"}
+    (tmp_path / "3RScan.json").write_text('[{"reference": "a", "scans": [{"reference": "b"}]}]')
+    assert co.rescans(tmp_path / "3RScan.json") == {"3rscan/a": "3rscan/a", "3rscan/b": "3rscan/a"}
+
+
+def test_videos_need_three_similar_frames():
+    keys = co.BenchmarkKeys("v", co.Blacklist([]))
+    keys.hashes = np.array([0, 2**60, 2**40 - 1], dtype=np.uint64)
+    keys.hash_owner = ["clip.mp4"] * 3
+    own = [1, 2**60, 2**40 - 1]
+    assert [m.key for m in co._similar(keys, "t.mp4", own)] == ["clip.mp4"]
+    assert co._similar(keys, "t.mp4", own[:1]) == []
+    assert [m.key for m in co._similar(keys, "t.png", own[:1])] == ["clip.mp4"]
