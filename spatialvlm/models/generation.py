@@ -93,6 +93,15 @@ def generate(
     return results
 
 
+def _placeholder_mask(model: SpatialVLM, device: torch.device) -> Tensor:
+    """Boolean ``[V]``: the spatial placeholder, which is never a word."""
+    mask = torch.zeros(model.backbone.lm_head.out_features, dtype=torch.bool, device=device)
+    spatial_id = None if model.geometry is None else model.geometry.spatial_id
+    if spatial_id is not None and spatial_id < len(mask):
+        mask[spatial_id] = True
+    return mask
+
+
 def stop_tokens(model: SpatialVLM) -> list[int]:
     """End-of-turn tokens of the checkpoint."""
     ids: Any = (
@@ -191,10 +200,11 @@ def _decode(
     visible = torch.arange(longest, device=device) >= padding[:, None]  # [rows, L]
     # A completion continues behind every coordinate of its prompt, on all axes.
     position = rows.position[:1].clone() if len(rows.position) == 1 else rows.position.clone()
+    never = _placeholder_mask(model, device)
     finished = torch.zeros(len(rows.lengths), dtype=torch.bool, device=device)
     hidden, produced = rows.hidden, []
     for step in range(max_new_tokens):
-        logits = model.backbone.lm_head(hidden).float()
+        logits = model.backbone.lm_head(hidden).float().masked_fill(never, -torch.inf)
         tokens = choose(logits)
         finished = finished | torch.isin(tokens, stops)
         produced.append(torch.where(finished, -1, tokens))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,24 @@ from spatialvlm.models.geometry.fusion import FusionOutput, GeometryFusion
 from spatialvlm.models.head import HeadOutput, SupervisedHead
 from spatialvlm.sequence.pixels import prepare
 from spatialvlm.typing import KIND_CAMERA, KIND_IMAGE, KIND_SPATIAL, KIND_VIDEO, Batch, LossOutput
+
+
+class Embedded(NamedTuple):
+    """A pack in front of the language model.
+
+    Attributes:
+        embeds: ``[1, T, D]``; visual positions hold their placeholder's embedding.
+        visual: bool ``[1, T]``.
+        visual_tokens: ``[N, D]``, in the order of the visual positions.
+        deepstack: Per layer ``[N, D]``.
+        norm_ratio: Sum and count ``[2]`` of the fusion.
+    """
+
+    embeds: Tensor
+    visual: Tensor
+    visual_tokens: Tensor
+    deepstack: list[Tensor]
+    norm_ratio: Tensor
 
 
 class SpatialVLM(nn.Module):
@@ -181,12 +199,29 @@ class SpatialVLM(nn.Module):
             batch["segment_start"], batch["segment_len"], batch["segment_parent"]
         )
         check_positions(batch["position_ids"], tree, rows=4 if self.adapter.uses_mrope else 1)
+        embedded = self.embed(batch)
+        embeds = scatter(embedded.embeds, embedded.visual, embedded.visual_tokens, "visual", batch)
+        hidden = self.adapter.read(
+            embeds,
+            batch["position_ids"],
+            tree=tree,
+            cache=cache,
+            visual=embedded.visual,
+            deepstack=embedded.deepstack,
+        )
+        return hidden, embedded.norm_ratio
+
+    def embed(self, batch: Batch) -> Embedded:
+        """Embeddings with spatial tokens in place; visual tokens still beside them.
+
+        Raises:
+            AlignmentError: Spatial positions and features differ in number.
+        """
         kind = batch["token_kind"]
         visual = (kind == KIND_IMAGE) | (kind == KIND_VIDEO)
         spatial = (kind == KIND_SPATIAL) | (kind == KIND_CAMERA)
-        # The row of the spatial placeholder is never used, so it gets no gradient and may be any spare row.
+        # The row of the spatial placeholder is never used: it gets no gradient and need not exist.
         embeds: Tensor = self.adapter.embeddings(batch["input_ids"].masked_fill(spatial, 0))
-
         nothing = embeds.new_zeros(0, embeds.shape[-1])
         visual_tokens, spatial_tokens, deepstack = nothing, nothing, []
         norm_ratio = torch.zeros(2, device=embeds.device)
@@ -202,17 +237,8 @@ class SpatialVLM(nn.Module):
                 spatial_tokens, norm_ratio = fused.spatial_tokens, fused.norm_ratio
                 visual_tokens = fused.visual_tokens if has_media else visual_tokens
                 embeds = embeds + fused.anchor.to(embeds.dtype)
-        embeds = scatter(embeds, visual, visual_tokens, "visual", batch)
         embeds = scatter(embeds, spatial, spatial_tokens, "spatial", batch)
-        hidden = self.adapter.read(
-            embeds,
-            batch["position_ids"],
-            tree=tree,
-            cache=cache,
-            visual=visual,
-            deepstack=deepstack,
-        )
-        return hidden, norm_ratio
+        return Embedded(embeds, visual, visual_tokens, deepstack, norm_ratio)
 
     def _see(self, batch: Batch) -> VisionOutput:
         """The one vision pass of a forward."""

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+from spatialvlm.errors import AlignmentError
 from spatialvlm.models.generation import generate, sampler, stop_tokens
+from spatialvlm.models.library_generation import library_generate
 from spatialvlm.testing.rig import FAMILIES
 
 
@@ -68,3 +70,77 @@ def test_sampling_stays_inside_the_nucleus_and_follows_the_seed():
     assert set(draw.tolist()) == {1, 2}
     again = sampler(1.0, 0.6, torch.Generator().manual_seed(0))(logits)
     assert torch.equal(draw, again)
+
+
+@pytest.mark.parametrize("geometry", [None, {}], ids=["2d", "3d"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_librarys_loop_gives_the_same_tokens(rig, family, geometry):
+    bench = rig(family, geometry)
+    if geometry is not None:
+        bench.randomise_fusion()
+    members = bench.members()
+    expected = [
+        row for group in generate(bench.model, [bench.pack(prompts=True)], 6) for row in group
+    ]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    # One call for all prompts (left-padded), and one per group.
+    together = library_generate(bench.model, [bench.pack(prompts=True)], **options)
+    apart = [
+        row
+        for member in members
+        for row in library_generate(
+            bench.model, [bench.pack([member], prompts=True)], **options
+        ).tolist()
+    ]
+    stops = stop_tokens(bench.model)
+    for found in (together.tolist(), apart):
+        cut = [row[: next((i for i, t in enumerate(row) if t in stops), len(row))] for row in found]
+        assert cut == expected
+    assert getattr(bench.model.backbone.model, "rope_deltas", None) is None
+    bench.model(bench.pack())  # a training forward after generation still works
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beams_and_returned_sequences_equal_single_runs(rig, family):
+    bench = rig(family, {})
+    bench.randomise_fusion()
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 3, "num_return_sequences": 2}
+    options |= {"pad_token_id": 0, "eos_token_id": None}
+    members = [bench.members()[0], bench.members()[3]]
+    together = library_generate(
+        bench.model, [bench.pack([m], prompts=True) for m in members], **options
+    )
+    alone = [
+        library_generate(bench.model, [bench.pack([m], prompts=True)], **options) for m in members
+    ]
+    assert torch.equal(together, torch.cat(alone))
+    assert together.shape == (2 * 4, 5)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5vl", "qwen3vl"])
+def test_the_placeholder_is_never_emitted(rig, family):
+    bench = rig(family, {})
+    spatial_id = bench.model.geometry.spatial_id
+    prompts = bench.pack(bench.members()[:1], prompts=True)
+    expected = generate(bench.model, [prompts], 4)
+    with torch.no_grad():  # a head that prefers the placeholder to everything else
+        head = bench.model.backbone.lm_head.weight
+        head[spatial_id] = 100.0 * head[expected[0][0][0]]
+    assert generate(bench.model, [prompts], 4)[0][0] == expected[0][0]
+    found = library_generate(
+        bench.model, [prompts], max_new_tokens=4, do_sample=False, pad_token_id=0
+    )
+    assert spatial_id not in found
+
+
+def test_spatial_ids_without_geometry_and_the_reverse_are_errors(rig):
+    bench = rig("qwen3vl", {})
+    prompts = bench.pack(bench.members()[:1], prompts=True)
+    without = dict(prompts, media_group=torch.full_like(prompts["media_group"], -1))
+    with pytest.raises(AlignmentError, match="12 spatial positions"):
+        generate(bench.model, [without], 2)
+    plain = dict(
+        prompts, token_kind=prompts["token_kind"].masked_fill(prompts["token_kind"] == 3, 0)
+    )
+    with pytest.raises(AlignmentError, match="0 spatial positions"):
+        generate(bench.model, [plain], 2)
