@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import shapely
@@ -18,9 +19,10 @@ from shapely.geometry.base import BaseGeometry
 
 from spatialvlm.scenes.boxes import UPRIGHT_TILT_DEG
 from spatialvlm.scenes.cameras import MIN_GROUND_PROJECTION, Camera
-from spatialvlm.scenes.io import load_depth
+from spatialvlm.scenes.io import load_depth, load_instances
 from spatialvlm.scenes.schema import Object, Scene, Vis
 from spatialvlm.scenes.transforms import Array, geodesic_deg, wrap_deg
+from spatialvlm.scenes.visibility import encode_rle
 from spatialvlm.synthesis.covisibility import covisibility
 from spatialvlm.synthesis.rows import Margin, Reason, Reject
 
@@ -153,6 +155,7 @@ class SceneContext:
         self._pairs: dict[tuple[int, int], Pair] = {}
         self._usable: list[tuple[int, int]] | None = None
         self._depths: dict[int, Array] = {}
+        self._ids: dict[int, Array] = {}
 
     # Boxes ---------------------------------------------------------------------------------------
     @cached_property
@@ -411,6 +414,23 @@ class SceneContext:
                 del self._depths[next(iter(self._depths))]
             self._depths[index] = load_depth(self.scene, self.scene.frames[index])
         return self._depths[index]
+
+    def mask(self, index: int, obj: int) -> dict[str, Any]:
+        """Run lengths of the visible pixels of an object (COCO, uncompressed).
+
+        Raises:
+            Reject: ``needs:instances``: the frame has neither a stored mask nor an instance map.
+        """
+        stored = self.view(index).vis[obj].mask_rle
+        if stored is not None:
+            return stored
+        frame = self.scene.frames[index]
+        if frame.instance_map is None:
+            raise Reject(Reason.NEEDS_INSTANCES, frame.frame_id)
+        if index not in self._ids:
+            self._ids.clear()
+            self._ids[index] = load_instances(self.scene, frame)
+        return encode_rle(self._ids[index] == obj + 1)
 
     @cached_property
     def covisibility(self) -> Array | None:

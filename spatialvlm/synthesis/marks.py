@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from spatialvlm.errors import MarkError
+from spatialvlm.scenes.visibility import decode_rle
 from spatialvlm.synthesis.context import SceneContext
 from spatialvlm.synthesis.rows import Draws, Reason, Reject
 from spatialvlm.typing import MarkSpec
@@ -222,16 +223,4 @@ def rle_to_mask(rle: Mapping[str, Any]) -> np.ndarray:
             f"mask runs sum to {counts.sum()}, expected {height} x {width} = {height * width}",
             reason="mark",
         )
-    values = np.arange(len(counts)) % 2 == 1
-    return np.repeat(values, counts).reshape(width, height).T
-
-
-def mask_to_rle(mask: np.ndarray) -> dict[str, Any]:
-    """COCO uncompressed run lengths of a boolean mask ``[H, W]``."""
-    flat = mask.T.reshape(-1).astype(np.int8)
-    changes = np.flatnonzero(np.diff(flat)) + 1
-    edges = np.concatenate([[0], changes, [flat.size]])
-    counts = np.diff(edges).tolist()
-    if flat.size and flat[0]:
-        counts = [0, *counts]
-    return {"size": list(mask.shape), "counts": counts}
+    return decode_rle({"size": [height, width], "counts": counts.tolist()})

@@ -154,6 +154,8 @@ class Wording:
     """Share of rows answered by a sentence instead of the terse form."""
     colours: bool = False
     """Name objects by colour and label wherever the colour is known ("the red chair")."""
+    masks: bool = False
+    """Store masks of named objects, so that loaders can draw them (formats with view V3)."""
     marks: float = 0.5
     """Share of questions about marked objects among tasks that may use marks."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from spatialvlm.answers import LETTERS, AnswerType, format_answer, number_text, round_half_up
 from spatialvlm.synthesis.context import SceneContext
+from spatialvlm.synthesis.formats import allowed_formats
 from spatialvlm.synthesis.marks import mark_colour, mark_record
 from spatialvlm.synthesis.referral import refer
 from spatialvlm.synthesis.rows import (
@@ -237,6 +238,9 @@ class Writer:
             block = "\n".join(
                 f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False)
             )
+            start = len(question) + 1
+            for obj, (a, b) in self._mentions(block):
+                spans.setdefault(obj, []).append((start + a, start + b))
             question = f"{question}\n{block}"
         text = format_answer(answer_type, answer, options=options) if base == "MCQ" else shown
         sentence = self.in_sentence and base != "JSON"
@@ -244,8 +248,8 @@ class Writer:
         if sentence:
             reply, reply_id = self._sentence(base, answer, shown, choice, unit)
         elif hint and self.wording.hints and answer_type in _HINTED:
-            hint = self.book.choose(self.draws, self.wording, "train", "_hint", base).text
-            question = f"{question}\n{hint}" if base == "MCQ" else f"{question} {hint}"
+            how = self.book.choose(self.draws, self.wording, "train", "_hint", base).text
+            question = f"{question}\n{how}" if base == "MCQ" else f"{question} {how}"
         return Turn(
             form="SENT" if sentence else base,
             answer_type=answer_type,
@@ -292,35 +296,59 @@ class Writer:
         """What formats need to know about each named object; ``offset`` messages come first."""
         spans: dict[int, list[list[int]]] = {}
         for number, turn in enumerate(turns):
+            message = offset + 2 * number
             for obj, ranges in turn.spans.items():
-                message = offset + 2 * number
                 spans.setdefault(obj, []).extend([message, a, b] for a, b in ranges)
+            for obj, (a, b) in self._mentions(turn.reply):
+                spans.setdefault(obj, []).append([message + 1, a, b])
         slots = []
         for obj, places in spans.items():
             ref = self.refs[obj]
-            boxes = {}
+            boxes, masks = {}, {}
+            size = (0, 0)
             for image, frame in enumerate(self.frames):
                 view = self.ctx.view(frame)
-                if view.is_clean(obj):
-                    boxes[str(image)] = [round(value, 1) for value in view.vis[obj].bbox2d]
+                if not view.is_clean(obj):
+                    continue
+                boxes[str(image)] = [round(value, 1) for value in view.vis[obj].bbox2d]
+                size = (view.camera.width, view.camera.height)
+                if self.wording.masks:
+                    masks[str(image)] = self.ctx.mask(frame, obj)
             slots.append(
                 {
                     "obj": obj,
                     "label": ref.label,
-                    "phrase": ref.short,
+                    "phrase": ref.label if ref.how == "mark" else ref.short,
+                    "unique": ref.how != "mark",
+                    "size": size,
                     "boxes": boxes,
-                    "masks": {},
+                    "masks": masks,
                     "spans": places,
                 }
             )
         return slots
 
-    def _formats(self, slots: Sequence[dict[str, Any]]) -> list[int]:
-        if self.media != "images" or not slots:
-            return [0]
-        from spatialvlm.synthesis.formats import allowed_formats
+    def _mentions(self, text: str) -> list[tuple[int, tuple[int, int]]]:
+        """Where a text names the objects of the row without an article; longer names win."""
+        found: list[tuple[int, tuple[int, int]]] = []
+        for ref in sorted(self.refs.values(), key=lambda ref: (-len(ref.short), ref.obj)):
+            start = text.find(ref.short)
+            while start >= 0:
+                end = start + len(ref.short)
+                if all(end <= a or b <= start for _, (a, b) in found):
+                    found.append((ref.obj, (start, end)))
+                start = text.find(ref.short, end)
+        return found
 
-        return allowed_formats(slots, self.marks)
+    def _formats(self, slots: Sequence[dict[str, Any]]) -> list[int]:
+        if self.media != "images":
+            return [0]
+        named = {record["obj"] for record in self.marks if "obj" in record}
+        free_marks = len(self.marks) > len(named)
+        if not slots or free_marks:
+            # Marks that belong to no slot would be lost; an empty list means "as written".
+            return [] if self.marks else [0]
+        return allowed_formats(slots)
 
 
 _HINTED = frozenset({"mcq", "yesno", "number", "text"})
