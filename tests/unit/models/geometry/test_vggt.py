@@ -1,7 +1,6 @@
 """The aggregator against tensors of a reference run, and what an encoder promises."""
 
 import json
-import weakref
 
 import pytest
 import torch
@@ -10,8 +9,6 @@ from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from spatialvlm.errors import ConfigError, GeometryError
 from spatialvlm.models.geometry import blocks, vggt
@@ -19,6 +16,7 @@ from spatialvlm.models.geometry.base import IMAGE_MEAN, IMAGE_STD, assert_frozen
 from spatialvlm.models.geometry.blocks import Attention, Block, linear, rope_2d
 from spatialvlm.models.geometry.vggt import Aggregator, VggtConfig
 from spatialvlm.models.geometry.vggt_checkpoint import build_meta, load_vggt
+from spatialvlm.testing.memory import PeakMemory
 
 TOLERANCE = 1e-5  # a correct implementation gives 1e-6, the smallest single mistake 1.8e-5
 
@@ -212,32 +210,6 @@ def test_full_size_has_the_released_names_and_counts():
     early = build_meta(VggtConfig(), 23)
     assert len(early.state_dict()) == 1173
     assert sum(p.numel() for p in early.parameters()) == 883_914_240
-
-
-class PeakMemory(TorchDispatchMode):
-    """Largest number of bytes of storages alive at once, without those of ``known`` tensors."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen = {tensor.untyped_storage()._cdata for tensor in known}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata in self.seen:
-                    continue
-                self.seen.add(storage._cdata)
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-        return result
-
-    def _free(self, key, size):
-        self.seen.discard(key)
-        self.live -= size
 
 
 def peak_bytes(layers, dtype):
