@@ -29,6 +29,8 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 }
 """Colours a mark can have; pairwise at least 25 apart in CIE Lab."""
 MAX_MARKS_PER_IMAGE = 6
+SPAR_PX = 20
+"""Point radius and box stroke (grown outwards) of SPAR's marks, in pixels of the stored image."""
 _SIMILAR = {
     "red": {"brown", "pink", "maroon"},
     "orange": {"brown"},
@@ -135,7 +137,11 @@ def draw_marks(
         scale = (width / base_w, height / base_h)
         if mark.units == "norm1000":
             scale = (width / 1000, height / 1000)
-        line = max(2, min(width, height) // 160)
+        line, radius = max(2, min(width, height) // 160), max(2.0, height / 80)
+        grown = 0
+        if mark.style == "spar":
+            line = grown = max(1, round(SPAR_PX * width / base_w))
+            radius = max(2.0, SPAR_PX * width / base_w)
         colour = PALETTE[mark.color]
         if mark.kind == "mask":
             canvas = _draw_mask(canvas, mark, colour)
@@ -161,9 +167,9 @@ def draw_marks(
                 reason="mark",
             )
         if mark.kind == "box":
-            pen.rectangle((x0, y0, x1 - 1, y1 - 1), outline=colour, width=line)
+            outer = (x0 - grown, y0 - grown, x1 - 1 + grown, y1 - 1 + grown)
+            pen.rectangle(outer, outline=colour, width=line)
         elif mark.kind == "point":
-            radius = max(2.0, height / 80)
             ring = (x0 - radius, y0 - radius, x0 + radius, y0 + radius)
             pen.ellipse(ring, fill=colour, outline=_contrast(colour))
         text = mark.label or (mark.name if mark.kind == "id" else "")

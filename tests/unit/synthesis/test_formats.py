@@ -195,3 +195,13 @@ def test_palette_colours_are_far_apart():
     for i, one in enumerate(colours):
         for other in colours[:i]:
             assert np.linalg.norm(one - other) >= 25
+
+
+def test_spar_boxes_grow_outwards_at_the_scale_of_the_stored_image():
+    image = Image.new("RGB", (320, 240), (128, 128, 128))
+    record = {"image": 0, "kind": "box", "color": "red", "units": "norm1000", "style": "spar"}
+    mark = mark_from_dict({**record, "bbox": [250, 250, 750, 750]})
+    drawn = np.asarray(draw_marks(image, [mark], stored_size=(640, 480)))
+    changed = np.argwhere((drawn != 128).any(axis=2))
+    assert changed.min(axis=0).tolist() == [50, 70]  # 60 - 10, 80 - 10
+    assert (drawn[61, 81] == 128).all()
