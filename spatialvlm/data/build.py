@@ -360,6 +360,7 @@ def build_mixture(
                 if data.unit == "tokens"
                 else None,
                 difficulty=_curriculum_key(index, data) if data.order == "curriculum" else None,
+                row_group=index.row_groups(),
                 cache_dir=index.folder,
             )
         )

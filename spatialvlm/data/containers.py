@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import logging
 import re
 import shutil
 import tarfile
@@ -24,6 +25,8 @@ from spatialvlm.data.sample import MediaRef
 from spatialvlm.errors import ConfigError, DataError, MediaError
 
 _BLOCK = 1 << 20
+_AMPLIFICATION_AFTER, _MAX_AMPLIFICATION = 1000, 4.0
+_LOG = logging.getLogger(__name__)
 
 
 class RawRow(NamedTuple):
@@ -243,13 +246,14 @@ class ArrowRows(Container):
         self.path = path
         self._open: OrderedDict[int, tuple[Any, Any]] = OrderedDict()
         self._groups_open = groups_open
-        self.groups_read = 0
-        """Row groups decoded so far; with the rows read, the read amplification."""
+        self._decodes = False
+        self.rows_read = self.rows_decoded = 0
         try:
             if path.suffix == ".parquet":
                 file = pq.ParquetFile(path, memory_map=True)
                 sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
                 self._load: Callable[[int], Any] = lambda g: _one_batch(file.read_row_group(g))
+                self._decodes = True
             else:
                 source = pa.memory_map(str(path))
                 try:
@@ -281,6 +285,13 @@ class ArrowRows(Container):
         """One row at the address that :meth:`scan` gave."""
         del offset, length
         group, index = self._find(row)
+        self.rows_read += 1
+        if self.rows_read == _AMPLIFICATION_AFTER and self.read_amplification > _MAX_AMPLIFICATION:
+            _LOG.warning(
+                "%s: %.1f rows are decoded for every row that is read; set access: arrow for this source",
+                self.path,
+                self.read_amplification,
+            )
         return self._group(group)[1].slice(index, 1).to_pylist()[0]
 
     def media_bytes(self, ref: MediaRef) -> list[bytes]:
@@ -301,6 +312,16 @@ class ArrowRows(Container):
             )
         return data
 
+    @property
+    def read_amplification(self) -> float:
+        """Rows of parquet that were decoded per row that was asked for."""
+        return self.rows_decoded / max(1, self.rows_read)
+
+    @property
+    def group_starts(self) -> tuple[int, ...]:
+        """First row of every batch or row group, and the number of rows."""
+        return tuple(self._starts)
+
     def _find(self, row: int) -> tuple[int, int]:
         group = bisect.bisect_right(self._starts, row) - 1
         return group, row - self._starts[group]
@@ -311,7 +332,7 @@ class ArrowRows(Container):
             self._open.move_to_end(group)
             return self._open[group]
         batch = self._load(group)
-        self.groups_read += 1
+        self.rows_decoded += batch.num_rows if self._decodes else 0
         self._open[group] = batch, _without_bytes(batch)
         if len(self._open) > self._groups_open:
             self._open.popitem(last=False)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatialvlm.data.containers import JsonLines, RawRow
+from spatialvlm.data.containers import ArrowRows, JsonLines, RawRow
 from spatialvlm.data.faults import INDEX_REASONS
 from spatialvlm.data.sample import Sample
 from spatialvlm.data.sources import Source
@@ -29,6 +29,7 @@ from spatialvlm.errors import BudgetError, DataError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from spatialvlm.typing import IntArray
 
 _VERSION = 1
 _CHUNK = 1 << 16
@@ -144,6 +145,22 @@ class SourceIndex:
         if name not in self._columns:
             self._columns[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
         return self._columns[name]
+
+    def row_groups(self) -> IntArray | None:
+        """int64 ``[rows]``: the row group a row is decoded with; None when rows are read one by one."""
+        if self.source.access != "row_group":
+            return None
+        file, row = np.asarray(self.column("file"), np.int64), np.asarray(self.column("row"))
+        groups = np.zeros(len(self), np.int64)
+        first = 0
+        for number in range(len(self.source.files)):
+            container = self.source.container(number)
+            if not isinstance(container, ArrowRows):
+                return None
+            mine = file == number
+            groups[mine] = first + np.searchsorted(container.group_starts, row[mine], side="right")
+            first += len(container.group_starts)
+        return groups
 
     def eligible(self, *, drop_blocked: bool = False) -> npt.NDArray[np.bool_]:
         """Bool ``[rows]``: rows that may be drawn."""

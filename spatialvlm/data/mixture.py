@@ -8,7 +8,6 @@ of one unit stand next to each other, and each row is drawn once per epoch of it
 
 from __future__ import annotations
 
-import bisect
 import functools
 import hashlib
 import json
@@ -56,6 +55,8 @@ class SourceRows:
     """Mean tokens of the eligible rows; needed for ``unit: tokens``."""
     difficulty: npt.NDArray[np.float32] | None = None
     """Key of the curriculum, small = early; NaN = unknown."""
+    row_group: IntArray | None = None
+    """Part of the file a row is decoded with; parts are shuffled whole, rows inside them. None = no parts."""
     cache_dir: Path | None = None
     """Where units are kept between runs, memory-mapped; None = in memory."""
 
@@ -95,7 +96,10 @@ class Lane:
     stream: str
     """Name of its shuffle."""
     buckets: tuple[int, ...]
-    """First unit of every curriculum bucket, and the number of units; one bucket without curriculum."""
+    """First unit of every bucket, and the number of units: one bucket, those of the curriculum, or one
+    per row group."""
+    bucket_order: Literal["fixed", "shuffled"] = "fixed"
+    """Curriculum buckets are drawn in order, row groups in another order each epoch."""
 
     @property
     def rows(self) -> IntArray:
@@ -481,6 +485,7 @@ class Mixture:
                     UnitRows(unit.rows),
                     f"{stream}/{unit.size}",
                     unit.buckets,
+                    "shuffled" if source.row_group is not None and not buckets else "fixed",
                 )
             )
             if unit.unknown:
@@ -640,6 +645,8 @@ def _units(
         capability,
     ]
     parts += [branches, buckets, seed if _num_chosen(source) < source.eligible.sum() else None]
+    if source.row_group is not None:
+        parts.append("row groups")
     if buckets and source.difficulty is not None:
         parts.append(hashlib.blake2b(np.asarray(source.difficulty).tobytes()).hexdigest())
     folder = source.cache_dir / f"units-{_digest(parts)}"
@@ -684,6 +691,9 @@ def _cut(
         unknown = 0
         if buckets:
             table, starts, unknown = _by_difficulty(table, source.difficulty, buckets)
+        elif source.row_group is not None:
+            groups = np.asarray(source.row_group)[table[:, 0]]
+            starts = (0, *(np.flatnonzero(np.diff(groups)) + 1).tolist(), len(table))
         found.append(_Units(size, len(table), starts, unknown, table))
     return found
 
@@ -713,26 +723,38 @@ def _bucket_keys(seed: int, stream: str, epoch: int) -> tuple[int, ...]:
     return round_keys(seed, stream, epoch)
 
 
-def _stream(lane: Lane, bucket: int) -> str:
-    return lane.stream if len(lane.buckets) == 2 else f"{lane.stream}/bucket{bucket}"
+@functools.lru_cache(maxsize=256)
+def _bucket_places(
+    buckets: tuple[int, ...], shuffled: bool, seed: int, stream: str, epoch: int
+) -> tuple[IntArray, IntArray]:
+    """Buckets in the order of an epoch: their numbers, and where each begins in the epoch."""
+    sizes = np.diff(buckets)
+    order = np.arange(len(sizes))
+    if shuffled:
+        order = permute_array(order, len(sizes), _bucket_keys(seed, f"{stream}/groups", epoch))
+    return order, np.cumsum(sizes[order]) - sizes[order]
 
 
 def _shuffled(lane: Lane, index: int, seed: int, epoch: int) -> int:
-    """Unit at a place of the epoch: buckets in order, shuffled inside."""
-    bucket = bisect.bisect_right(lane.buckets, index) - 1
-    start, stop = lane.buckets[bucket], lane.buckets[bucket + 1]
-    keys = _bucket_keys(seed, _stream(lane, bucket), epoch)
-    return start + permute(index - start, stop - start, keys)
+    """Unit at a place of the epoch: bucket after bucket, shuffled inside."""
+    if len(lane.buckets) == 2:
+        return permute(index, lane.num_units, _bucket_keys(seed, lane.stream, epoch))
+    return int(_shuffled_array(lane, np.array([index]), seed, epoch)[0])
 
 
 def _shuffled_array(lane: Lane, index: IntArray, seed: int, epoch: int) -> IntArray:
+    if len(lane.buckets) == 2:
+        return permute_array(index, lane.num_units, _bucket_keys(seed, lane.stream, epoch))
+    order, begins = _bucket_places(
+        lane.buckets, lane.bucket_order == "shuffled", seed, lane.stream, epoch
+    )
     out = np.empty(len(index), np.int64)
-    where = np.searchsorted(lane.buckets, index, side="right") - 1
-    for bucket in np.unique(where):
-        mine = where == bucket
+    place = np.searchsorted(begins, index, side="right") - 1
+    for at in np.unique(place):
+        mine, bucket = place == at, int(order[at])
         start, stop = lane.buckets[bucket], lane.buckets[bucket + 1]
-        keys = _bucket_keys(seed, _stream(lane, int(bucket)), epoch)
-        out[mine] = start + permute_array(index[mine] - start, stop - start, keys)
+        keys = _bucket_keys(seed, f"{lane.stream}/bucket{bucket}", epoch)
+        out[mine] = start + permute_array(index[mine] - begins[at], stop - start, keys)
     return out
 
 

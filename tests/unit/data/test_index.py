@@ -1,16 +1,20 @@
 """Row tables: columns, keys, rejects, blocked scenes, and what rebuilds them."""
 
+import itertools
 import json
 import os
 import pickle
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from spatialvlm.data.formats import SourceAttrs
 from spatialvlm.data.index import FLAG_BLOCKED, FLAG_NO_ID, build_index, prefix_key
 from spatialvlm.data.sources import Source
 from spatialvlm.errors import BudgetError, DataError
+from spatialvlm.scenes.blacklist import Blacklist, BlockList, find_ids
 
 
 def talk(question, answer="Yes.", **fields):
@@ -200,3 +204,40 @@ def test_a_failed_build_leaves_nothing_behind(make, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="No space left"):
         build_index(make(), tmp_path / "index")
     assert [p.suffix for p in (tmp_path / "index").iterdir()] == [".lock"]
+
+
+def test_row_groups_of_parquet(tmp_path):
+    table = pa.Table.from_pylist([talk(f"{n}?") for n in range(10)])
+    for name in ("a", "b"):
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=4)
+    attrs, files = SourceAttrs("s", "spatial"), ["a.parquet", "b.parquet"]
+    by_group = Source(attrs, files=files, root=tmp_path, access="row_group")
+    groups = build_index(by_group, tmp_path / "index").row_groups()
+    assert len(groups) == 20
+    sizes = [len(list(same)) for _, same in itertools.groupby(groups.tolist())]
+    assert sizes == [4, 4, 2, 4, 4, 2]
+    converted = Source(attrs, files=files, root=tmp_path, cache_dir=tmp_path / "index")
+    assert build_index(converted, tmp_path / "index").row_groups() is None
+
+
+def test_blocked_scenes_are_found_by_the_shipped_patterns(make, tmp_path):
+    lists = [BlockList("planted", frozenset({"scannet/scene0251_00", "arkitscenes/47334096"}))]
+    blacklist = Blacklist(lists)
+
+    def check(text):
+        return tuple(hit.list_name for hit in blacklist.hits(text)) if find_ids(text) else None
+
+    paths = [
+        "scannet/scene0251_00/1.jpg",  # planted
+        "scannet/scene0251_01/1.jpg",  # another scan of the room
+        "renamed/my_copy_of_scene0251_00.mp4/1.jpg",  # renamed folder
+        "vlm3r_arkit_47334096/frame_00003.jpg",
+        "g2vlm_arkit_47333851/1.jpg",  # not on the list
+        "holiday/1.jpg",  # unknown source
+    ]
+    rows = [talk("<image>?", image=path) for path in paths]
+    index = build_index(make(rows), tmp_path / "index", check=check, check_key="planted")
+    flags = index.column("flags")
+    assert ((flags & FLAG_BLOCKED) > 0).tolist() == [True, True, True, True, False, False]
+    assert ((flags & FLAG_NO_ID) > 0).tolist() == [False] * 5 + [True]
+    assert index.info["no_known_id"] == 1

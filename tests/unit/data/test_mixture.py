@@ -326,3 +326,47 @@ def test_a_failed_write_leaves_no_units(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="No space left"):
         Mixture([rows("s", cache_dir=tmp_path)], {"spatial": 1}, samples=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_row_groups_are_shuffled_whole_and_rows_inside():
+    group = np.repeat(np.arange(50), 20)
+    source = rows("s", groups=[1] * 1000, row_group=group)
+    order = Mixture([source], {"spatial": 1}, samples=1)
+    for epoch in range(2):
+        drawn = order.draws(1000 * epoch, 1000 * epoch + 1000)["row"]
+        assert sorted(drawn) == list(range(1000))
+        visited = [int(g) for g, _ in itertools.groupby(group[drawn])]
+        assert len(visited) == 50
+        assert visited != sorted(visited)
+        assert not np.array_equal(drawn[:20], np.sort(drawn[:20]))
+    assert not np.array_equal(order.draws(0, 1000)["row"], order.draws(1000, 2000)["row"])
+    assert order.at(777) == Draw(*order.draws(777, 778)[0].item())
+
+
+def test_golden_order():
+    sources = [rows("s", groups=[5, 2, 1]), rows("g", "general", groups=[1] * 4)]
+    order = Mixture(sources, {"spatial": 1, "general": 1}, branches=4, samples=1)
+    draws = order.draws(0, 32)
+    assert draws["source"].tolist() == [0, 1] * 16
+    spatial, general = draws["row"][::2].tolist(), draws["row"][1::2].tolist()
+    # a group of 4, a pair twice, the group again, two single rows twice: weights 4 : 2 : 2
+    assert spatial == [0, 3, 5, 6, 1, 4, 1, 4, 0, 3, 5, 6, 7, 2, 7, 2]
+    assert general == [2, 0, 3, 1, 3, 1, 0, 2, 2, 0, 3, 1, 1, 0, 2, 3]
+
+
+def test_other_weights_open_no_file(tmp_path, monkeypatch):
+    sources = [rows("s", cache_dir=tmp_path), rows("g", "general", cache_dir=tmp_path)]
+    Mixture(sources, {"spatial": 1, "general": 1}, samples=1)
+    monkeypatch.setattr("spatialvlm.data.mixture.cut_units", None)
+    monkeypatch.setattr("spatialvlm.data.mixture.np.load", None)
+    assert Mixture(sources, {"spatial": 3, "general": 1}, samples=1).length == 1
+
+
+def test_subsets_do_not_depend_on_anything_but_the_seed():
+    def subset(seed):
+        source = rows("s", groups=[1] * 500, fraction=0.02)
+        return (
+            Mixture([source], {"spatial": 1}, seed=seed, samples=1).lanes[0].rows.ravel().tolist()
+        )
+
+    assert subset(0) == subset(0) != subset(1)

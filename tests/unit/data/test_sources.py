@@ -136,10 +136,24 @@ def test_row_groups_are_read_once_per_neighbourhood(tmp_path):
     container = ArrowRows(tmp_path / "a.parquet", groups_open=2)
     for row in (0, 1, 7, 2, 8):
         container.read(row, row, 0)
-    assert container.groups_read == 2
+    assert container.rows_decoded == 10
     container.read(12, 12, 0)
     container.read(0, 0, 0)
-    assert container.groups_read == 4
+    assert container.rows_decoded == 20
+    assert container.read_amplification == 20 / 7
+    assert container.group_starts == (0, 5, 10, 15, 20)
+
+
+def test_much_read_amplification_is_logged_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("spatialvlm.data.containers._AMPLIFICATION_AFTER", 5)
+    pq.write_table(embedded(), tmp_path / "a.parquet", row_group_size=10)
+    container = ArrowRows(tmp_path / "a.parquet", groups_open=1)
+    for n in range(20):
+        container.read(n % 2 * 10, 0, 0)
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{tmp_path / 'a.parquet'}: 8.0 rows are decoded for every row that is read; "
+        "set access: arrow for this source"
+    ]
 
 
 def write_tar(path, members, mode="w"):
