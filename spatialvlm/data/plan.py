@@ -44,6 +44,8 @@ class Item(NamedTuple):
     """Indices into the step's draws, ascending."""
     tokens: int
     cost: float
+    media_cost: float
+    """Its part for vision and geometry encoders."""
 
 
 def plan_step(
@@ -144,8 +146,9 @@ def _item(
     rows = lengths[group]
     prefix = int(rows["prefix_tokens"].min()) if len(group) > 1 else 0
     tokens, pairs = shared_tokens_and_pairs(prefix, rows["tokens"].tolist())
-    flops = cost.per_token * tokens + cost.per_pair * pairs + costs["media"][group[0]]
-    return Item(tuple(group), tokens, flops + sum(costs["head"][i] for i in group))
+    media = costs["media"][group[0]]
+    flops = cost.per_token * tokens + cost.per_pair * pairs + sum(costs["head"][i] for i in group)
+    return Item(tuple(group), tokens, flops + media, media)
 
 
 def _split(
@@ -201,17 +204,28 @@ def _pack(items: list[Item], world: int, packing: PackingArgs) -> list[list[Item
 
 
 def _level(items: list[Item], count: int, max_tokens: int) -> list[list[Item]] | None:
-    """Costly items first, each to the cheapest pack with room; None when one finds no room."""
+    """Deal items to packs so that media cost and total cost are level; None when one finds no room.
+
+    Items with media go first, each to the pack with the least media cost; text then fills up the packs
+    that cost least. Sharded engines meet in every layer, so a rank that is late in its vision encoder
+    delays all others even if its total is average.
+    """
     packs: list[list[Item]] = [[] for _ in range(count)]
-    load = np.zeros(count)
+    media, total = np.zeros(count), np.zeros(count)
     room = np.full(count, max_tokens)
-    for item in sorted(items, key=lambda item: (-item.cost, item.members)):
-        at = int(np.argmin(np.where(room >= item.tokens, load, np.inf)))
-        if room[at] < item.tokens:
-            return None
-        packs[at].append(item)
-        load[at] += item.cost
-        room[at] -= item.tokens
+    with_media = sorted(
+        (i for i in items if i.media_cost > 0), key=lambda i: (-i.media_cost, i.members)
+    )
+    text = sorted((i for i in items if i.media_cost == 0), key=lambda i: (-i.cost, i.members))
+    for chosen, load in ((with_media, media), (text, total)):
+        for item in chosen:
+            at = int(np.argmin(np.where(room >= item.tokens, load, np.inf)))
+            if room[at] < item.tokens:
+                return None
+            packs[at].append(item)
+            media[at] += item.media_cost
+            total[at] += item.cost
+            room[at] -= item.tokens
     return packs
 
 

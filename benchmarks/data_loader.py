@@ -1,0 +1,232 @@
+"""The data path without a model: media speed, packing quality, resume.
+
+    python benchmarks/data_loader.py media --json benchmarks/results/data_media.json
+    python benchmarks/data_loader.py plan --json benchmarks/results/data_plan.json
+    python benchmarks/data_loader.py resume
+
+``media``: images per second and core from JPEG bytes to what is sent to the model, against the stock Hugging Face
+processor, and bytes sent; the values after normalisation are compared. ``plan``: 1,000 steps of a 1:1 mix of the shape
+of the reference mix (spatial 1-4 images and short answers, general half text-only half one image). ``resume``: seconds to
+the first batch at step 0 and at a late step. One thread.
+"""
+
+import argparse
+import io
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=["media", "plan", "resume"])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--images", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--world", type=int, default=8)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    parts = {
+        "media": lambda: media(args.images),
+        "plan": lambda: plan(args.steps, args.world),
+        "resume": resume,
+    }
+    result = parts[args.part]()
+    print(json.dumps(result, indent=2))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def jpegs(sizes: list[tuple[int, int]], count: int) -> list[bytes]:
+    """Photograph-like JPEGs: smooth noise with some detail."""
+    rng = np.random.default_rng(0)
+    out = []
+    for number in range(count):
+        height, width = sizes[number % len(sizes)]
+        coarse = Image.fromarray(
+            rng.integers(0, 255, (height // 16, width // 16, 3), dtype=np.uint8)
+        )
+        picture = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(
+            np.int16
+        )
+        picture = picture + rng.integers(-12, 12, picture.shape, dtype=np.int16)
+        buffer = io.BytesIO()
+        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+        out.append(buffer.getvalue())
+    return out
+
+
+def media(num_images: int) -> dict[str, Any]:
+    """Ours against the stock processor, on JPEGs of two sizes."""
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+
+    from spatialvlm.data.media.image import decode_image
+    from spatialvlm.data.media.resize import fit_pixels, resize
+    from spatialvlm.sequence.pixels import PixelSpec, prepare
+
+    low, high = 4 * 28 * 28, 256 * 28 * 28
+    processor = Qwen2VLImageProcessor(size={"shortest_edge": low, "longest_edge": high})
+    spec = PixelSpec("patches", tuple(processor.image_mean), tuple(processor.image_std), 14)
+
+    def ours(data: bytes) -> np.ndarray:
+        source = decode_image(data)
+        size = fit_pixels(*source.shape[:2], factor=28, min_pixels=low, max_pixels=high)
+        return resize(source[None], size)
+
+    def theirs(data: bytes) -> Any:
+        return processor(images=[Image.open(io.BytesIO(data)).convert("RGB")], return_tensors="pt")[
+            "pixel_values"
+        ]
+
+    out = {}
+    for name, sizes in [
+        ("450x340", [(340, 450)]),
+        ("480-730", [(480, 640), (530, 730), (640, 480)]),
+    ]:
+        data = jpegs(sizes, num_images)
+        first, stock = ours(data[0]), theirs(data[0])
+        values = prepare(torch.from_numpy(first.reshape(-1)), [first.shape[:3]], [1], spec)
+        times: dict[str, list[float]] = {"ours": [], "processor": []}
+        for _ in range(3):
+            for label, run in (("processor", theirs), ("ours", ours)):
+                start = time.process_time()
+                for item in data:
+                    run(item)
+                times[label].append(time.process_time() - start)
+        speed = {label: len(data) / min(values) for label, values in times.items()}
+        out[name] = {
+            "images_per_s": speed["ours"],
+            "processor_images_per_s": speed["processor"],
+            "ratio": speed["ours"] / speed["processor"],
+            "bytes": first.nbytes,
+            "processor_bytes": stock.numel() * stock.element_size(),
+            "max_difference_after_normalisation": float((values - stock).abs().max()),
+        }
+    return out
+
+
+def reference_lengths(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Sizes of the reference mix: even positions spatial in runs on one medium, odd ones general."""
+    from spatialvlm.data.sample import LENGTH_DTYPE
+
+    out = np.zeros(count, LENGTH_DTYPE)
+    spatial = np.arange(count) % 2 == 0
+    run = (np.arange(count) // 2) // 4  # four questions per medium
+    images = np.where(spatial, 1 + run % 4, rng.integers(0, 2, count))
+    visual = images * (80 + 13 * (run % 9) * spatial + rng.integers(0, 120, count) * ~spatial)
+    out["images"] = images
+    out["visual_tokens"] = visual
+    out["patches"] = 4 * visual
+    out["patch_pairs"] = np.where(images > 0, (4 * visual) ** 2 // np.maximum(images, 1), 0)
+    out["label_tokens"] = np.where(
+        spatial, rng.integers(2, 12, count), rng.integers(40, 300, count)
+    )
+    text = np.where(spatial, rng.integers(30, 80, count), rng.integers(80, 600, count))
+    out["tokens"] = visual + text + out["label_tokens"]
+    out["prefix_tokens"] = np.where(spatial, visual + 6, 0)
+    out["group_key"] = np.where(spatial, run + 1, 0)
+    out["media_key"] = np.where(images > 0, np.where(spatial, run + 1, 10**9 + np.arange(count)), 0)
+    return out
+
+
+def plan(steps: int, world: int) -> dict[str, Any]:
+    """Packing of many steps."""
+    from spatialvlm.data.plan import PackingArgs, plan_step
+    from spatialvlm.data.sample import DRAW_DTYPE
+    from spatialvlm.data.summary import PlanSummary
+    from spatialvlm.typing import CostCoefficients
+
+    # FLOPs of Qwen2.5-VL-3B with everything trained: 6 x 3.1e9 per token, 6 x 6.7e8 / 4 per patch, ...
+    cost = CostCoefficients(1.86e10, 12 * 36 * 2048, 6 * 151936 * 2048, 4.0e9, 12 * 4 * 1280)
+    rng = np.random.default_rng(0)
+    batch = 128
+    packing = PackingArgs(max_tokens=16_384)
+    summary = PlanSummary(world)
+    seconds = []
+    for step in range(steps):
+        sizes = reference_lengths(rng, batch)
+        draws = np.zeros(batch, DRAW_DTYPE)
+        draws["position"] = step * batch + np.arange(batch)
+        start = time.perf_counter()
+        planned = plan_step(draws, sizes, cost, world, packing, step=step)
+        seconds.append(time.perf_counter() - start)
+        summary.add(planned, draws, sizes, cost)
+    out = summary.as_dict(packing.max_tokens)
+    out["world"] = world
+    out["seconds_per_step"] = float(np.median(seconds))
+    out["seconds_p95_over_p50"] = float(np.quantile(seconds, 0.95) / np.median(seconds))
+    return out
+
+
+def resume() -> dict[str, Any]:
+    """Seconds from a ready loader to its first batch, at the start and far into the run."""
+    from types import SimpleNamespace
+
+    from spatialvlm.config.data import (
+        DataConfig,
+        LoaderConfig,
+        PackingConfig,
+        SharedPrefixConfig,
+        StepConfig,
+    )
+    from spatialvlm.data.build import build_data
+    from spatialvlm.data.sample import World
+    from spatialvlm.models.build import build_layout
+    from spatialvlm.testing import make_checkpoint
+    from spatialvlm.typing import CostCoefficients
+
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        folder = make_checkpoint("qwen3vl", root / "model")
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": f"q {n}"},
+                    {"role": "assistant", "content": "a"},
+                ]
+            }
+            for n in range(2000)
+        ]
+        (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = SimpleNamespace(
+            data=DataConfig(
+                sources=[{"name": "s", "family": "f", "files": ["rows.jsonl"], "root": name}],
+                families={"f": 1.0},
+                index_dir=str(root / "index"),
+                length={"samples": 10**9},
+            ),
+            step=StepConfig(global_batch_size=128),
+            packing=PackingConfig(),
+            shared_prefix=SharedPrefixConfig(min_media_per_step=1),
+            loader=LoaderConfig(num_workers=0),
+            geometry=None,
+            run=SimpleNamespace(dir=name),
+        )
+        cost = CostCoefficients(1.0, 0.0, 0.0, 0.0, 0.0)
+        out = {}
+        for step in (0, 100_000, 7_000_000):
+            start = time.process_time()
+            loader = build_data(config, folder, build_layout(folder), cost, World())
+            if step:
+                state = loader.state_dict() | {"position": step * 128, "step": step}
+                loader = build_data(
+                    config, folder, build_layout(folder), cost, World(), state=state
+                )
+                start += (time.process_time() - start) / 2
+            next(iter(loader))
+            out[f"first_batch_at_step_{step}_s"] = time.process_time() - start
+    return out
+
+
+if __name__ == "__main__":
+    main()

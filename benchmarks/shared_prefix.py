@@ -1,0 +1,241 @@
+"""Shared-prefix training against separate samples: time, parts, gradients.
+
+    python benchmarks/shared_prefix.py --json benchmarks/results/shared_prefix.json
+    python benchmarks/shared_prefix.py --k 8 --prefix 1000 --family qwen3vl
+    python benchmarks/shared_prefix.py --device cuda --attention tree_flex --size large --k 2 4 8 16 --prefix 250 1000 4000
+
+K questions of about --branch tokens ask about the same video of P visual tokens. Measured is forward plus backward of all
+parameters, vision encoder included: once as one pack with a shared prefix, once as K packs. "limit" is the ratio of
+predicted FLOPs, "of limit" how much of it arrived. CPU seconds (``process_time``) on a CPU, wall seconds on a GPU;
+A and B alternate. Gradients of both are compared.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spatialvlm.data.collate import MediaPixels, Prepared, collate
+from spatialvlm.data.encode import encode
+from spatialvlm.data.media.plan import MediaHeader, MediaPolicy, plan_media
+from spatialvlm.data.sample import MediaRef, Sample, Turn
+from spatialvlm.data.template import ChatTemplate, load_processor
+from spatialvlm.models.build import build_layout, build_model, cost_coefficients
+from spatialvlm.testing import make_checkpoint
+from spatialvlm.typing import KIND_VIDEO, Batch, ModalityFlags
+
+UNIT_TOKENS = 64
+"""Visual tokens per temporal unit: an 8 x 8 token grid."""
+
+
+@dataclass
+class Kit:
+    """Model and the means to make batches for it."""
+
+    model: Any
+    template: ChatTemplate
+    policy: MediaPolicy
+    layout: Any
+    device: torch.device
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--family", default="qwen2_5vl", choices=["qwen2_5vl", "qwen3vl", "internvl3"]
+    )
+    parser.add_argument("--k", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--prefix", type=int, nargs="+", default=[250, 1000])
+    parser.add_argument(
+        "--branch", type=int, default=50, help="tokens per question with its answer"
+    )
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--attention", default="tree_sdpa")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1 if args.device == "cpu" else torch.get_num_threads())
+    kit = make_kit(args)
+    results = []
+    print(f"{'K':>3} {'P':>5} {'separate s':>11} {'shared s':>9} {'speed-up':>8} {'limit':>6} {'of limit':>8} "
+          f"{'vision':>7} {'language':>8} {'gradient':>9}")  # fmt: skip
+    for prefix in args.prefix:
+        for k in args.k:
+            row = compare(kit, k, prefix, args.branch, args.repeats)
+            results.append(row)
+            print(f"{k:3} {row['prefix_tokens']:5} {row['separate_s']:11.3f} {row['shared_s']:9.3f} "
+                  f"{row['speedup']:7.2f}x {row['limit']:5.2f}x {100 * row['of_limit']:7.1f}% "
+                  f"{row['vision_speedup']:6.2f}x {row['language_speedup']:7.2f}x {row['gradient_difference']:9.1e}")  # fmt: skip
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        machine = {
+            "machine": platform.processor() or platform.machine(),
+            "torch": torch.__version__,
+        }
+        if args.device != "cpu":
+            machine["device"] = torch.cuda.get_device_name()
+        options = {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in vars(args).items()
+        }
+        args.json.write_text(
+            json.dumps({"options": options, **machine, "rows": results}, indent=2) + "\n"
+        )
+
+
+def make_kit(args: argparse.Namespace) -> Kit:
+    """A random model of the demo size: real classes, few layers."""
+    folder = Path(tempfile.mkdtemp()) / args.family
+    make_checkpoint(args.family, folder, size="demo")
+    device = torch.device(args.device)
+    model = build_model(
+        folder, attention=args.attention, dtype=getattr(torch, args.dtype), device=device
+    )
+    model.train()
+    policy = MediaPolicy.from_processor(load_processor(folder))
+    side = 8 * policy.factor
+    if policy.rule != "square":
+        policy = policy.with_budget(min_pixels=side * side, max_pixels=side * side, max_frames=4096)
+    return Kit(model, ChatTemplate.from_checkpoint(folder), policy, build_layout(folder), device)
+
+
+def compare(kit: Kit, k: int, prefix: int, branch: int, repeats: int) -> dict[str, Any]:
+    """Time and gradients of both ways."""
+    samples = make_samples(kit, k, prefix, branch)
+    shared = [pack(kit, samples, [tuple(range(k))])]
+    separate = [pack(kit, [sample], [(0,)]) for sample in samples]
+    times: dict[str, list[float]] = {
+        "shared": [],
+        "separate": [],
+        "vision_shared": [],
+        "vision_separate": [],
+    }
+    for repeat in range(repeats + 1):  # the first round warms up
+        for name, batches in (("separate", separate), ("shared", shared)):
+            total, vision = step(kit, batches), vision_step(kit, batches)
+            if repeat:
+                times[name].append(total)
+                times[f"vision_{name}"].append(vision)
+    best = {name: min(values) for name, values in times.items()}
+    _, a = gradients(kit, shared)
+    _, b = gradients(kit, separate)
+    limit = flops(kit, separate) / flops(kit, shared)
+    speedup = best["separate"] / best["shared"]
+    language = {n: best[n] - best[f"vision_{n}"] for n in ("shared", "separate")}
+    encoded = samples[0].encoded
+    return {
+        "k": k,
+        "prefix_tokens": encoded.prefix_len,
+        "branch_tokens": len(encoded.input_ids) - encoded.prefix_len,
+        "separate_s": best["separate"],
+        "shared_s": best["shared"],
+        "speedup": speedup,
+        "limit": limit,
+        "of_limit": speedup / limit,
+        "token_limit": k
+        * len(encoded.input_ids)
+        / (
+            encoded.prefix_len + sum(len(s.encoded.input_ids) - encoded.prefix_len for s in samples)
+        ),
+        "vision_separate_s": best["vision_separate"],
+        "vision_shared_s": best["vision_shared"],
+        "vision_speedup": best["vision_separate"] / best["vision_shared"],
+        "language_speedup": language["separate"] / language["shared"],
+        "gradient_difference": float((a - b).norm() / b.norm()),
+    }
+
+
+def make_samples(kit: Kit, k: int, prefix: int, branch: int) -> list[Prepared]:
+    """K questions about one random video of about ``prefix`` tokens."""
+    rng = np.random.default_rng(0)
+    units = max(round(prefix / UNIT_TOKENS), 1)
+    frames = units * kit.policy.temporal
+    times = tuple(float(i) for i in range(frames))
+    ref = MediaRef("video", "file", "v", frames=tuple(range(frames)))
+    side = 8 * kit.policy.factor if kit.policy.rule != "square" else kit.policy.tile
+    info = plan_media(ref, MediaHeader((side, side), frames, 1.0, times, times), kit.policy)
+    pixels = rng.integers(0, 255, (frames, *info.size, 3), dtype=np.uint8)
+    medium = MediaPixels(KIND_VIDEO, info.grid, pixels, -1, None, "")
+    out = []
+    for question in range(k):
+        words = "where is the red box and what is left of it "
+        turns = (
+            Turn("user", (0, f"{question} {words * 9}"[: 3 * branch])),
+            Turn("assistant", ("behind the chair, near it",)),
+        )
+        sample = Sample(f"q{question}", "s", "f", turns, (ref,))
+        out.append(
+            Prepared(sample.uid, encode(sample, [info], kit.template, kit.layout), (medium,))
+        )
+    return out
+
+
+def pack(kit: Kit, samples: list[Prepared], groups: list[tuple[int, ...]]) -> Batch:
+    """One batch on the device."""
+    flags = ModalityFlags(False, True, False, True)
+    batch = collate(samples, groups, flags=flags, position_rows=kit.layout.num_position_rows)
+    moved = {
+        key: v.to(kit.device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()
+    }
+    return Batch(**moved)  # type: ignore[typeddict-item]
+
+
+def clock(device: torch.device) -> float:
+    """CPU seconds of this process, or wall seconds once the GPU is idle."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def step(kit: Kit, batches: list[Batch]) -> float:
+    """Seconds of forward and backward."""
+    kit.model.zero_grad(set_to_none=True)
+    start = clock(kit.device)
+    for batch in batches:
+        kit.model(batch).loss_sum.backward()
+    return clock(kit.device) - start
+
+
+def vision_step(kit: Kit, batches: list[Batch]) -> float:
+    """Seconds of the vision encoder and projector alone."""
+    kit.model.zero_grad(set_to_none=True)
+    start = clock(kit.device)
+    for batch in batches:
+        kit.model._see(batch).tokens.sum().backward()
+    return clock(kit.device) - start
+
+
+def gradients(kit: Kit, batches: list[Batch]) -> tuple[float, torch.Tensor]:
+    """Loss and the whole gradient as one vector."""
+    kit.model.zero_grad(set_to_none=True)
+    total = 0.0
+    for batch in batches:
+        loss = kit.model(batch).loss_sum
+        loss.backward()
+        total += float(loss)
+    parts = [p.grad.double().flatten().cpu() for p in kit.model.parameters() if p.grad is not None]
+    return total, torch.cat(parts)
+
+
+def flops(kit: Kit, batches: list[Batch]) -> float:
+    """Predicted training FLOPs."""
+    from spatialvlm.training.metrics import pack_size
+
+    cost = cost_coefficients(kit.model)
+    return sum(pack_size(batch).flops(cost) for batch in batches)
+
+
+if __name__ == "__main__":
+    main()
