@@ -299,8 +299,9 @@ class Session:
     progress: Progress | None
 
     def close(self) -> None:
-        """Stop threads and workers, flush trackers."""
+        """Stop threads and workers, flush trackers, give signals back."""
         self.watch.stop()
+        self.stop.uninstall()
         self.steps.loader.close()
         if self.progress is not None:
             self.progress.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -14,6 +15,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __bool__(self) -> bool:
         return self.name is not None
@@ -25,7 +27,12 @@ class StopFlag:
     def install(self) -> None:
         """Take over the signals of this process (main thread only)."""
         for number in SIGNALS:
-            signal.signal(number, self._handle)
+            self._previous[number] = signal.signal(number, self._handle)
+
+    def uninstall(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame

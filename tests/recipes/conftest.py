@@ -1,5 +1,6 @@
 """Small image-question data, tiny checkpoints, and a way to run the shipped recipes as a user does."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -74,10 +75,13 @@ def rows(tmp_path_factory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows"))
 
 
-def recipe_text(stage: int, family: str, model: Path, data: Path, **changes: str) -> str:
-    """A complete recipe over :func:`write_rows`; ``changes`` are appended as overrides by the caller."""
-    geometry = "geometry: {source: VGGT, precision: fp32}\n" if stage == 2 else ""
+def recipe_text(stage: int, family: str, model: Path, data: Path, vggt: Path | None = None) -> str:
+    """A complete recipe over :func:`write_rows`."""
+    geometry = (
+        f"geometry: {{source: {vggt}, precision: fp32, layers: [-1]}}\n" if stage == 2 else ""
+    )
     geometry_lr = ", geometry_lr: 1.0e-3" if stage == 2 else ""
+    flag = ", geometry: 'on'" if stage == 2 else ""
     return f"""
 stage: {stage}
 run: {{dir: unset}}
@@ -88,15 +92,52 @@ optim: {{lr: 1.0e-3, vision_lr: 1.0e-4, projector_lr: 5.0e-4, embedding_lr: 1.0e
   length: {{steps: 6}}
   index_dir: {data}/index
   sources:
-    - {{name: squares, family: spatial, files: [spatial.jsonl], root: {data}}}
+    - {{name: squares, family: spatial, files: [spatial.jsonl], root: {data}{flag}}}
     - {{name: chat, family: general, files: [general.jsonl], root: {data}}}
 step: {{global_batch_size: 8}}
 packing: {{max_tokens: 256}}
 shared_prefix: {{max_branches: 2}}
+memory: {{checkpoint_language_model: false}}
 loader: {{num_workers: 0}}
 checkpoint: {{every: 3}}
 log: {{every: 1, progress: none}}
 """
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory, rows, tiny_checkpoint, tiny_vggt):
+    """Function (stage, family) -> path of a recipe on small data."""
+    folder = tmp_path_factory.mktemp("recipes")
+
+    def make(stage: int, family: str) -> Path:
+        path = folder / f"stage{stage}_{family}.yaml"
+        path.write_text(recipe_text(stage, family, tiny_checkpoint(family), rows, tiny_vggt))
+        return path
+
+    return make
+
+
+def load_script(stage: int):
+    """The shipped recipe as a module."""
+    path = ROOT / "recipes" / f"stage{stage}.py"
+    spec = importlib.util.spec_from_file_location(f"recipe_stage{stage}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run():
+    """Run a recipe in this process, as its command line would; returns the exit code."""
+    from spatialvlm.training.entry import run_recipe
+
+    def call(stage: int, *argv: object) -> int:
+        module = load_script(stage)
+        return run_recipe(
+            module.main, module.describe, stage=stage, doc=None, argv=[str(item) for item in argv]
+        )
+
+    return call
 
 
 @pytest.fixture
