@@ -100,3 +100,34 @@ class EvalConfig(Section):
                 ("model.init_from", "is required and has no default; pass model.init_from=DIR")
             )
         return found
+
+
+class SweepConfig(Section):
+    """A study over one config key: ``tools/scaling.py``."""
+
+    out: NonEmptyStr
+    """Folder of the study; one run and one evaluation per point below it."""
+    recipe: NonEmptyStr
+    """Training recipe, for example ``recipes/stage1.py``."""
+    config: NonEmptyStr
+    """Its YAML file."""
+    axis: NonEmptyStr = "data.fraction"
+    """Config key that changes; ``data.fraction`` is the scaling study, any other key an ablation."""
+    values: Annotated[tuple[str | float | int | bool, ...], Field(min_length=1)]
+    """Values of the key, ascending for ``data.fraction``."""
+    hold: Literal["epochs", "tokens", "steps"]
+    """What stays the same over the points; printed on every plot."""
+    samples: PositiveInt | None = None
+    """Training samples at fraction 1; ``None`` plots the fraction itself."""
+    overrides: tuple[NonEmptyStr, ...] = ()
+    """Further ``key=value`` for every training run."""
+    seeds_at_smallest: PositiveInt = 3
+    """Runs of the first value, for the noise between seeds."""
+    seed: NonNegativeInt = 0
+    """Seed of the other points."""
+    eval_config: NonEmptyStr
+    """YAML file of the evaluation."""
+    eval_overrides: tuple[NonEmptyStr, ...] = ()
+    """``key=value`` for every evaluation."""
+    launcher: NonEmptyStr = "python"
+    """What starts a recipe, for example ``accelerate launch --config_file FILE``."""

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from spatialvlm.data.formats.base import Place as RowPlace
 from spatialvlm.data.formats.rows import parse_marks
+from spatialvlm.data.hooks import DrawMarks
 from spatialvlm.data.media.plan import MediaPolicy
 from spatialvlm.data.media.store import MediaStore
-from spatialvlm.data.prepare import DrawMarks
 from spatialvlm.data.prompts import encode_prompt_group
 from spatialvlm.data.sample import MediaRef, Sample, Turn
 from spatialvlm.data.template import ChatTemplate
