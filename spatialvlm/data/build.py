@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 from spatialvlm.data.encode import OverlongPolicy
 from spatialvlm.data.faults import Quarantine
 from spatialvlm.data.formats import SourceAttrs
-from spatialvlm.data.index import SceneCheck, SourceIndex, build_index
+from spatialvlm.data.hooks import DrawMarks, ExpandFormat, SceneCheck
+from spatialvlm.data.index import SourceIndex, build_index
 from spatialvlm.data.lengths import LengthTable
 from spatialvlm.data.loader import StepLoader
 from spatialvlm.data.media.plan import MediaPolicy
 from spatialvlm.data.media.store import FrameCache, MediaStore
 from spatialvlm.data.mixture import Mixture, SourceRows, mixture_for_steps
 from spatialvlm.data.plan import PackingArgs
-from spatialvlm.data.prepare import DrawMarks, ExpandFormat, SampleEncoder, SourceMedia
+from spatialvlm.data.prepare import SampleEncoder, SourceMedia
 from spatialvlm.data.sample import CoordConvention, World
 from spatialvlm.data.sources import Source, check_sources
 from spatialvlm.data.template import ChatTemplate, load_processor

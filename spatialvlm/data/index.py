@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ import numpy as np
 
 from spatialvlm.data.containers import ArrowRows, JsonLines, RawRow
 from spatialvlm.data.faults import INDEX_REASONS
+from spatialvlm.data.hooks import SceneCheck
 from spatialvlm.data.sample import Sample
 from spatialvlm.data.sources import Source
 from spatialvlm.errors import BudgetError, DataError
@@ -62,9 +63,6 @@ COLUMNS = np.dtype(
 
 FLAG_MARKS, FLAG_VARIABLE, FLAG_BLOCKED, FLAG_NO_ID = 1, 2, 4, 8
 """Has marks to draw; its text depends on the epoch; names a blocked scene; names no known scene."""
-
-SceneCheck = Callable[[str], "tuple[str, ...] | None"]
-"""Text -> names of the block lists it hits; None when it names no known scene or room."""
 
 
 def media_key(sample: Sample, salt: bytes = b"") -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -12,6 +12,7 @@ import numpy as np
 from spatialvlm.data.collate import MediaPixels, Prepared
 from spatialvlm.data.encode import Fitted, OverlongPolicy, fit, geometry_groups
 from spatialvlm.data.formats.coords import ImageSizes, rewrite_coords
+from spatialvlm.data.hooks import DrawMarks, ExpandFormat
 from spatialvlm.data.media.plan import MediaInfo, MediaPolicy, plan_media
 from spatialvlm.data.media.resize import resize, split_tiles
 from spatialvlm.data.media.store import MediaStore
@@ -32,11 +33,6 @@ if TYPE_CHECKING:
 
 GEOMETRY_EXTRA_TOKENS = 5
 """Camera and register tokens of VGGT per frame, for the cost model."""
-
-DrawMarks = Callable[..., "object"]
-"""``draw_marks(image, marks, *, stored_size) -> image``, Pillow images."""
-ExpandFormat = Callable[[Sample, int], Sample]
-"""``expand_format(sample, epoch) -> sample`` with one of ``sample.formats_ok`` realised."""
 
 
 class SourceMedia(NamedTuple):

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 from spatialvlm.data.collate import Prepared, collate
 from spatialvlm.data.encode import encode_prompt
+from spatialvlm.data.hooks import DrawMarks
 from spatialvlm.data.media.plan import MediaPolicy
 from spatialvlm.data.media.store import MediaStore
 from spatialvlm.data.prefix import common_prefix
-from spatialvlm.data.prepare import DrawMarks, load_pixels, plan_sample_media
+from spatialvlm.data.prepare import load_pixels, plan_sample_media
 from spatialvlm.data.sample import Sample
 from spatialvlm.data.template import ChatTemplate
 from spatialvlm.errors import DataError
