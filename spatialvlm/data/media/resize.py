@@ -100,7 +100,8 @@ def resize(frames: UInt8Array, size: tuple[int, int]) -> UInt8Array:
 
     if frames.shape[1:3] == size:
         return frames
-    tensor = torch.from_numpy(frames).permute(0, 3, 1, 2)  # channels-last view, the fast path
+    # A view with canonical strides: numpy's [None] leaves a stride of 0, which hides the fast layout.
+    tensor = torch.from_numpy(frames.reshape(-1)).view(frames.shape).permute(0, 3, 1, 2)
     out = F.interpolate(tensor, size=size, mode="bicubic", antialias=True, align_corners=False)
     result: UInt8Array = out.permute(0, 2, 3, 1).contiguous().numpy()
     return result
