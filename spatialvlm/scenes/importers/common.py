@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import yaml
+from PIL import Image
 
-from spatialvlm.errors import BoxError, CameraError, SceneSchemaError
+from spatialvlm.errors import BoxError, CameraError, ImporterError, SceneSchemaError
 from spatialvlm.scenes.boxes import Box, Symmetry, canonicalise_axes, refit_upright
 from spatialvlm.scenes.cameras import Camera
-from spatialvlm.scenes.io import load_depth, load_instances
+from spatialvlm.scenes.io import load_depth, load_instances, load_rgb
 from spatialvlm.scenes.schema import BoxQuality, Frame, Object, Scene
 from spatialvlm.scenes.transforms import Array
 from spatialvlm.scenes.visibility import OccupancyRule, frame_visibility
@@ -269,6 +270,43 @@ def quarter_turns_to_upright(camera: Camera) -> int:
     up_in_image = camera.rotation[2, :2]  # image-right and image-down components of world up
     angle = np.degrees(np.arctan2(-up_in_image[1], up_in_image[0]))  # 90 = already upright
     return int(np.round((90 - angle) / 90)) % 4
+
+
+def turn_scene(scene: Scene, turns_of: Callable[[Camera], int], options: ImportOptions) -> Scene:
+    """Turn sideways images with their depth, intrinsics and poses; copies go below ``options.media``.
+
+    Args:
+        scene: With ``root`` set.
+        turns_of: Counter-clockwise quarter turns of a camera's image.
+        options: Must name the folder for the turned copies.
+
+    Raises:
+        ImporterError: No folder for the copies.
+    """
+    if options.media is None:
+        raise ImporterError(
+            f"{scene.scene_id}: turning images needs a folder for the turned copies."
+        )
+    folder = (options.media / scene.scene_id).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    frames = []
+    for frame in scene.frames:
+        turns = turns_of(frame.camera)
+        if turns == 0:
+            frames.append(frame)
+            continue
+        rgb, moved = turn_upright(load_rgb(scene, frame), frame, turns)
+        rgb_path, depth_path = folder / f"{frame.frame_id}.jpg", None
+        Image.fromarray(np.ascontiguousarray(rgb)).save(rgb_path, quality=95)
+        if frame.depth is not None:
+            depth = np.rot90(load_depth(scene, frame), turns)
+            depth_path = str(folder / f"{frame.frame_id}_depth.png")
+            Image.fromarray(np.round(depth * 1000).astype(np.uint16)).save(depth_path)
+        turned = replace(
+            moved, rgb=str(rgb_path), depth=depth_path, depth_scale=1000.0, depth_kind="z"
+        )
+        frames.append(turned)
+    return replace(scene, frames=frames)
 
 
 def measure_visibility(

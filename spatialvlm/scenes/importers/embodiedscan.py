@@ -7,7 +7,6 @@ poses are ``axis_align_matrix @ cam2global``.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,10 @@ from spatialvlm.scenes.importers.common import (
     choose_frames,
     measure_visibility,
     quarter_turns_to_upright,
-    turn_upright,
+    turn_scene,
 )
 from spatialvlm.scenes.importers.unpickle import safe_load
-from spatialvlm.scenes.io import load_depth, load_rgb
-from spatialvlm.scenes.schema import Frame, Scene
-from spatialvlm.scenes.transforms import Array
+from spatialvlm.scenes.schema import Scene
 
 LICENSES = {"scannet": "ScanNet-TOU", "3rscan": "3RScan-TOU", "matterport3d": "Matterport-EULA",
             "arkitscenes": "ARKitScenes-CC-BY-NC-SA"}  # fmt: skip
@@ -149,7 +146,7 @@ def _scene(
         root=root,
     )
     if options.upright:
-        scene = _turned(scene, options)
+        scene = turn_scene(scene, quarter_turns_to_upright, options)
     return measure_visibility(scene, report, occupancy=options.occupancy)
 
 
@@ -159,39 +156,6 @@ def _size(path: Path) -> tuple[int, int]:
             return image.size
     except OSError as error:
         raise ImporterError(f"{path}: cannot be opened as an image: {error}.") from error
-
-
-def _turned(scene: Scene, options: ImportOptions) -> Scene:
-    """The scene with sideways images turned; turned copies are written below ``options.media``."""
-    if options.media is None:
-        raise ImporterError(
-            f"{scene.scene_id}: turning images needs a folder for the turned copies."
-        )
-    frames: list[Frame] = []
-    for frame in scene.frames:
-        turns = quarter_turns_to_upright(frame.camera)
-        if turns == 0:
-            frames.append(frame)
-            continue
-        folder = options.media / scene.scene_id
-        folder.mkdir(parents=True, exist_ok=True)
-        rgb, moved = turn_upright(load_rgb(scene, frame), frame, turns)
-        target = folder / f"{frame.frame_id}.jpg"
-        Image.fromarray(np.ascontiguousarray(rgb)).save(target, quality=95)
-        depth_path = None
-        if frame.depth is not None:
-            depth: Array = np.rot90(load_depth(scene, frame), turns)
-            depth_path = folder / f"{frame.frame_id}_depth.png"
-            Image.fromarray(np.round(depth * 1000).astype(np.uint16)).save(depth_path)
-        frames.append(
-            replace(
-                moved,
-                rgb=str(target.resolve()),
-                depth=None if depth_path is None else str(depth_path.resolve()),
-                depth_scale=1000.0,
-            )
-        )
-    return replace(scene, frames=frames)
 
 
 def box_values(box: Box) -> list[float]:
