@@ -146,14 +146,17 @@ class MediaStore:
         assert self.read_bytes is not None, f"the source at {self.root} holds no embedded media"
         return self.read_bytes(ref)
 
-    def _frames(self, ref: MediaRef) -> list[bytes | Path] | None:
-        """Encoded frames of a video that is stored as images; None for a video file."""
+    def _frames(self, ref: MediaRef) -> list[bytes | str] | None:
+        """Bytes or paths of a video that is stored as images; None for a video file."""
         if ref.store == "frames":
-            folder = self._resolve(ref.path)
-            return [folder / name for name in self._frame_names(ref)]
+            return [f"{ref.path}/{name}" for name in self._frame_names(ref)]
         if ref.store in ("tar", "cell") and "\n" in ref.member:
             return list(self._embedded(ref))
         return None
+
+    def _frame(self, frame: bytes | str) -> bytes | Path:
+        """What to decode; the path of a single frame may be a link and must not leave the root either."""
+        return self._resolve(frame) if isinstance(frame, str) else frame
 
     def _frame_names(self, ref: MediaRef) -> list[str]:
         if ref.member:
@@ -179,7 +182,7 @@ class MediaStore:
             return MediaHeader(
                 video.size, video.num_frames, video.fps, tuple(video.seconds().tolist()), stamps
             )
-        size = image_size(frames[0], max_pixels=self.max_image_pixels)
+        size = image_size(self._frame(frames[0]), max_pixels=self.max_image_pixels)
         stamps = stamps_s or times_from_names(self._frame_names(ref)) or ()
         assumed = not stamps
         if assumed:
@@ -214,7 +217,10 @@ class MediaStore:
             return decode_video(
                 self._data(ref), self._video_header(ref), ref.frames, name=_name(ref)
             )
-        images = [decode_image(frames[i], max_pixels=self.max_image_pixels) for i in ref.frames]
+        images = [
+            decode_image(self._frame(frames[i]), max_pixels=self.max_image_pixels)
+            for i in ref.frames
+        ]
         shapes = sorted({image.shape[:2] for image in images})
         if len(shapes) > 1:
             raise MediaError(

@@ -417,3 +417,16 @@ class TestStore:
         store.load(MediaRef("image", "file", "0.png"))
         store.load(MediaRef("image", "file", "1.png"))
         assert cache.decoded == 4
+
+    @pytest.mark.parametrize("name", ["{secret}", "../../secret.png", "link.png"])
+    def test_frames_of_a_folder_never_leave_the_root(self, tmp_path, name):
+        secret = tmp_path / "secret.png"
+        Image.new("RGB", (10, 10)).save(secret)
+        (tmp_path / "root" / "f").mkdir(parents=True)
+        (tmp_path / "root" / "f" / "link.png").symlink_to(secret)
+        store = MediaStore(tmp_path / "root")
+        ref = MediaRef("video", "frames", "f", name.format(secret=secret), frames=(0,))
+        for read in (store.header, store.load):
+            with pytest.raises(MediaError) as caught:
+                read(ref)
+            assert caught.value.reason in ("refused_path", "missing", "not_an_image")
