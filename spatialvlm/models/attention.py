@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import cached_property
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from spatialvlm.errors import ConfigError, IsolationError
 
+AttentionFunction = TypeVar("AttentionFunction", bound=Callable[..., Any])
 MASK_LIMIT = 4096
+# Segments are Python integers that differ from pack to pack: traced, every pack would compile anew.
+eager: Callable[[AttentionFunction], AttentionFunction] = torch.compiler.disable
 FLEX_BLOCK = 128
 
 
@@ -145,6 +148,7 @@ def _enter(module: nn.Module, query: Tensor, tree: Tree, dropout: float) -> None
     tree.layers_seen.append(getattr(module, "layer_idx", -1))
 
 
+@eager
 def tree_sdpa(
     module: nn.Module,
     query: Tensor,
@@ -191,6 +195,7 @@ def tree_sdpa(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
+@eager
 def tree_mask(
     module: nn.Module,
     query: Tensor,
@@ -215,6 +220,7 @@ def tree_mask(
     return _without_tree(module, query, key, value, mask, scaling)
 
 
+@eager
 def tree_flash(
     module: nn.Module,
     query: Tensor,
@@ -294,6 +300,7 @@ def _varlen_kernel() -> Callable[..., Tensor]:
     return native
 
 
+@eager
 def tree_flex(
     module: nn.Module,
     query: Tensor,
@@ -344,6 +351,7 @@ def _flex_kernel() -> Callable[..., Tensor]:
     return _COMPILED["flex"]
 
 
+@eager
 def varlen_sdpa(
     module: nn.Module,
     query: Tensor,
