@@ -396,6 +396,7 @@ def parquet_to_arrow(source: Path, target: Path) -> None:
             f"{source} needs {need / 1e9:.1f} GB as Arrow, {target.parent} has {free / 1e9:.1f} GB free. "
             "Point data.index_dir to a larger disk, or set access: row_group for this source."
         )
+    _LOG.info("converting %s to %s, %.2f GB, once", source, target, need / 1e9)
     unfinished = target.with_suffix(".partial")
     try:
         with (

@@ -7,14 +7,12 @@ table's key is the files' content, the reader, and its options; the mixture is n
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import multiprocessing
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +22,7 @@ from spatialvlm.data.containers import ArrowRows, JsonLines, RawRow
 from spatialvlm.data.faults import INDEX_REASONS
 from spatialvlm.data.hooks import SceneCheck
 from spatialvlm.data.sample import Sample
-from spatialvlm.data.sources import Source
+from spatialvlm.data.sources import Source, locked
 from spatialvlm.errors import BudgetError, DataError
 
 if TYPE_CHECKING:
@@ -236,7 +234,7 @@ def build_index(
     key, content_key = _keys(source, check_key)
     folder = Path(index_dir) / f"{source.name}-{key}"
     if not (folder / "info.json").is_file():
-        with _locked(folder.with_suffix(".lock")):
+        with locked(folder.with_suffix(".lock")):
             if not (folder / "info.json").is_file():
                 _build(source, folder, content_key, check, workers)
     index = SourceIndex(source, folder)
@@ -292,14 +290,6 @@ def _keys(source: Source, check_key: str) -> tuple[str, str]:
     return hashlib.blake2b(here.encode(), digest_size=8).hexdigest(), content.hexdigest()
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 @dataclasses.dataclass
 class _Part:
     """What one scanning process found: column files and counters."""
@@ -339,7 +329,7 @@ def _build(
         else:
             parts = [_scan_part(*args) for args in arguments]
         info = _merge(parts, partial)
-        info["content_key"] = content_key
+        info["content_key"], info["revision"] = content_key, source.revision
         info["files"] = [
             ((source.root / name).stat().st_size, (source.root / name).stat().st_mtime_ns)
             for name in source.files

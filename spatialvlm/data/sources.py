@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -23,6 +25,7 @@ from spatialvlm.data.containers import (
 from spatialvlm.data.formats import FORMATS, Format, Place, SourceAttrs, detect, read_row
 from spatialvlm.data.formats.base import media_path
 from spatialvlm.data.formats.scene_qa import referring_error
+from spatialvlm.data.hub import fetch, is_hub_root
 from spatialvlm.data.media.paths import resolve
 from spatialvlm.data.sample import MediaRef, Sample
 from spatialvlm.errors import ConfigError, DataError, MediaError
@@ -37,7 +40,8 @@ class Source:
         attrs: What the readers need to know.
         files: Data files or glob patterns, relative to ``root``; a folder stands for the Arrow files of a
             Hugging Face dataset saved in it.
-        root: Folder of data files and media.
+        root: Folder of data files and media, or ``hf://datasets/<owner>/<name>@<revision>``, of which the
+            listed files are fetched once.
         format: A name of :data:`~spatialvlm.data.formats.FORMATS`, or ``auto``.
         access: How parquet is read row by row: converted once to memory-mapped Arrow files below
             ``cache_dir``, or by row groups.
@@ -59,9 +63,14 @@ class Source:
     ) -> None:
         self.attrs = attrs
         self.name, self.family = attrs.name, attrs.family
-        self.root = Path(root)
         self.access = access
         self.cache_dir = Path(cache_dir)
+        self.revision = ""
+        """Commit of a root on the Hub."""
+        if is_hub_root(root):
+            with locked(self.cache_dir / "hub.lock"):
+                root, self.revision = fetch(str(root), files, self.cache_dir)
+        self.root = Path(root)
         if format != "auto" and format not in FORMATS:
             raise ConfigError(
                 f"source {self.name}: unknown format {format!r}; known: {', '.join(FORMATS)}."
@@ -173,7 +182,9 @@ class Source:
             digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
             converted = self.cache_dir / "arrow" / f"{path.stem}-{digest}.arrow"
             if not converted.is_file():
-                parquet_to_arrow(path, converted)
+                with locked(converted.with_suffix(".lock")):
+                    if not converted.is_file():
+                        parquet_to_arrow(path, converted)
             return ArrowRows(converted)
         if kind == ".arrow":
             return ArrowRows(path)
@@ -208,6 +219,15 @@ class Source:
                 f"{path.name}: {len(alone)} question_ids have no partner and are left out: {alone[:5]}"
             )
         return JoinedRows(path, rows)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Only one process of the host at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _head(path: Path) -> bytes:

@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import tarfile
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -222,7 +223,7 @@ def test_parquet_is_converted_once(tmp_path):
     pq.write_table(embedded(), tmp_path / "c.parquet", row_group_size=7)
     mine = source(tmp_path, "c.parquet", cache_dir=tmp_path / "cache", format="sharegpt")
     assert len(list(mine.scan(0))) == 20
-    (converted,) = (tmp_path / "cache" / "arrow").iterdir()
+    (converted,) = (tmp_path / "cache" / "arrow").glob("*.arrow")
     before = converted.stat().st_mtime_ns
     again = source(tmp_path, "c.parquet", cache_dir=tmp_path / "cache", format="sharegpt")
     assert [s for _, s in again.scan(0)][1] == [s for _, s in mine.scan(0)][1]
@@ -272,3 +273,33 @@ def test_wrong_files_are_named(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ConfigError, match=r"bad\.parquet is not a readable"):
         source(tmp_path, "bad.parquet", access="row_group").container(0)
+
+
+def test_hub_roots_are_fetched_once_and_found_offline(tmp_path, monkeypatch):
+    asked = []
+
+    class Api:
+        def dataset_info(self, name, revision):
+            return SimpleNamespace(sha="c0ffee")
+
+    def download(name, **options):
+        asked.append((name, options["revision"], options["allow_patterns"]))
+        options["local_dir"].mkdir(parents=True)
+        (options["local_dir"] / "a.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    attrs = SourceAttrs("s", "spatial")
+    root = "hf://datasets/owner/set@v1"
+    first = Source(attrs, files=["a.jsonl"], root=root, cache_dir=tmp_path)
+    assert first.revision == "c0ffee"
+    assert asked == [("owner/set", "c0ffee", ["a.jsonl"])]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    again = Source(attrs, files=["a.jsonl"], root=root, cache_dir=tmp_path)
+    assert (again.root, again.revision) == (tmp_path / "hub/owner--set/c0ffee", "c0ffee")
+    assert len(list(again.scan(0))) == len(asked) == 1
+    with pytest.raises(ConfigError, match="never fetched"):
+        Source(attrs, files=["a.jsonl"], root="hf://datasets/owner/other", cache_dir=tmp_path)
+    with pytest.raises(ConfigError, match="is no address"):
+        Source(attrs, files=["a.jsonl"], root="hf://owner/set", cache_dir=tmp_path)
