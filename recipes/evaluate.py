@@ -26,36 +26,11 @@ from typing import Any
 from spatialvlm.config.evaluation import EvalConfig
 from spatialvlm.config.load import dump_yaml, load_config
 from spatialvlm.errors import ConfigError, DataError, EvaluationError, SpatialVLMError
+from spatialvlm.evaluation.build import open_benchmarks
 from spatialvlm.evaluation.predictions import read_predictions
-from spatialvlm.evaluation.registry import find_spec, load_benchmark
 from spatialvlm.evaluation.report import text_table, write_report
 from spatialvlm.evaluation.schema import Benchmark
 from spatialvlm.evaluation.scoring import Result, score, write_result
-
-
-def find_file(config: EvalConfig, name: str) -> Path:
-    """The local file of a benchmark: stated, or ``<data_root>/<name>.<suffix>``, or that folder."""
-    section = config.evaluation
-    if name in section.files:
-        return Path(section.files[name])
-    if section.data_root is None:
-        raise ConfigError(
-            f"no file for {name}: set evaluation.files.{name} or evaluation.data_root"
-        )
-    for suffix in (".jsonl", ".json", ".parquet", ".tsv", ".csv", ""):
-        path = Path(section.data_root) / f"{name}{suffix}"
-        if path.exists():
-            return path
-    raise DataError(
-        f"{section.data_root} has no {name}.jsonl, .json, .parquet, .tsv or folder {name}"
-    )
-
-
-def open_benchmark(config: EvalConfig, name: str) -> Benchmark:
-    """Items of one benchmark."""
-    return load_benchmark(
-        name, find_file(config, name), media_root=config.evaluation.media_root.get(name)
-    )
 
 
 def score_folder(
@@ -228,9 +203,7 @@ def write_state(folder: Path, state: str, reason: str = "") -> None:
 def main(config: EvalConfig, overrides: Sequence[str]) -> int:
     """Generate (unless ``score_only``), score, report; returns the exit code."""
     section = config.evaluation
-    for name in section.benchmarks:
-        find_spec(name)
-    benchmarks = {name: open_benchmark(config, name) for name in section.benchmarks}
+    benchmarks = {found.spec.name: found for found in open_benchmarks(section)}
     folder = Path(config.run.dir)
     asker = None if section.score_only else Asker(config)
     main_process = asker is None or asker.processes.is_main

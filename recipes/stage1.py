@@ -28,7 +28,9 @@ def main(config: TrainConfig, arguments: Arguments) -> None:
     # Imported here, so that a wrong recipe is answered before torch is loaded.
     from spatialvlm.data.build import build_data
     from spatialvlm.data.sample import World
+    from spatialvlm.evaluation.build import build_probe, together
     from spatialvlm.models.build import build_layout, build_model
+    from spatialvlm.models.generation import generate
     from spatialvlm.models.isolation import probe_isolation
     from spatialvlm.synthesis.marks import draw_marks
     from spatialvlm.training import build
@@ -75,7 +77,18 @@ def main(config: TrainConfig, arguments: Arguments) -> None:
         report=run.say,
     )
     loader = load(config, state=state.loader or None)
-    eval_fn = build.build_held_out(config, load, model, processes)
+    probe = build_probe(
+        config,
+        run.path,
+        run.base,
+        layout,
+        model,
+        generate,
+        processes,
+        restore=partial(build.training_mode, model),
+        draw_marks=draw_marks,
+    )
+    eval_fn = together(build.build_held_out(config, load, model, processes), probe)
 
     session = build.build_session(config, run, state, guard, loader, cost.model)
     outcome = train(

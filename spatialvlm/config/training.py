@@ -239,6 +239,8 @@ class TrainEvaluationConfig(Section):
     """Folder of benchmark files and media; ``None`` when ``files`` names each file."""
     files: dict[str, NonEmptyStr] = {}
     """Explicit file per benchmark."""
+    media_root: dict[str, NonEmptyStr] = {}
+    """Explicit media folder per benchmark; default: the folder of its file."""
     select: NonEmptyStr | None = None
     """Benchmark whose headline marks the best checkpoint; ``None`` = none."""
     max_samples: PositiveInt = 512

@@ -271,17 +271,19 @@ def build_held_out(
     )
     held_out = config.model_copy(update={"data": data})
 
-    def restore_mode() -> None:
-        model.train()
-        freeze_modules(model)
-
     return HeldOutLoss(
         lambda: load(held_out),
         processes,
         tuple(source.name for source in sources),
         tuple(source.family for source in sources),
-        restore_mode,
+        partial(training_mode, model),
     )
+
+
+def training_mode(model: SpatialVLM) -> None:
+    """Put the model back into training mode after an evaluation; frozen parts stay in eval mode."""
+    model.train()
+    freeze_modules(model)
 
 
 @dataclass(slots=True)
