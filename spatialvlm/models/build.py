@@ -15,6 +15,7 @@ from spatialvlm.models.backbones import adapter_of, require_config
 from spatialvlm.models.branch import GeometryBranch, build_fusion, meta_encoder
 from spatialvlm.models.cost import cost_coefficients
 from spatialvlm.models.directory import find_folder, placeholder_id
+from spatialvlm.models.kernels import use_liger
 from spatialvlm.models.lora import add_adapters
 from spatialvlm.models.spatial_vlm import SpatialVLM
 from spatialvlm.sequence.layout import TokenLayout
@@ -94,6 +95,7 @@ def build_model(
     *,
     attention: str = "auto",
     lora: LoraConfig | None = None,
+    liger: bool = False,
     head_rows: int = 1024,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -106,6 +108,7 @@ def build_model(
         geometry: The geometry section; ``None`` or encoder ``none`` = 2D.
         attention: ``packing.attention``.
         lora: The adapter section; ``None`` = no adapters.
+        liger: ``model.liger``.
         head_rows: ``memory.head_rows``.
         dtype: Of the weights.
         device: Where the model runs.
@@ -121,6 +124,8 @@ def build_model(
         head_rows=head_rows,
     )
     _adapt(model, lora)
+    if liger:
+        use_liger(model.adapter.language_model)
     return model
 
 
