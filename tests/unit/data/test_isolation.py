@@ -1,9 +1,12 @@
 """Packs and shared prefixes give the loss and gradients of separate samples; neighbours are invisible."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from spatialvlm.config.geometry import GeometryConfig
+from spatialvlm.config.training import LoraConfig
 from spatialvlm.data.build import build_data
 from spatialvlm.data.sample import World
 from spatialvlm.models.build import build_layout, build_model
@@ -126,6 +129,78 @@ def test_poisoned_neighbour_changes_nothing(family, build, toy_config):
                 assert after[sample] != before[sample]
                 checked += 1
     assert checked == 12
+
+
+@pytest.mark.parametrize("weighting", ["token", "sample", "sqrt"])
+def test_accumulation_ranks_and_weights_change_nothing(
+    weighting, build, toy_config, tiny_checkpoint
+):
+    """One pack, many micro-steps, or two ranks: the step's gradient is the same."""
+    model, first = build("qwen3vl")
+    folder = tiny_checkpoint("qwen3vl")
+    common = {"data": {"loss_weighting": weighting}, "step": {"global_batch_size": 24}}
+    one = first(toy_config(packing={"max_tokens": 8000}, **common))
+    assert len(one[0].batches) == 1
+    loss, reference = gradients(model, one)
+    many = first(toy_config(packing={"max_tokens": 300}, **common))
+    assert len(many[0].batches) >= 4
+    ranks = []
+    for rank in range(2):
+        config = toy_config(packing={"max_tokens": 300}, **common)
+        loader = build_data(config, folder, build_layout(folder), COST, World(rank, 2))
+        ranks.append(next(iter(loader)))
+    together = sum(step.denominator_local for step in ranks)
+    assert together == pytest.approx(one[0].denominator_local, rel=1e-6)
+    ranks = [replace(step, denominator_local=together) for step in ranks]
+    for steps in (many, ranks):
+        other, grads = gradients(model, steps)
+        assert other == pytest.approx(loss, rel=1e-5)
+        assert difference(grads, reference) < 1e-5
+
+
+@pytest.mark.parametrize("branches", [2, 3, 8])
+def test_group_sizes(branches, build, toy_config):
+    model, first = build("qwen2_5vl")
+    common = {"step": {"global_batch_size": 24}, "packing": {"max_tokens": 4000}}
+    shared = first(
+        toy_config(shared_prefix={"max_branches": branches, "min_media_per_step": 1}, **common)
+    )
+    alone = {"max_branches": branches, "min_media_per_step": 1, "compute": "separate"}
+    separate = first(toy_config(shared_prefix=alone, **common))
+    sizes = {len(group) for packs in shared[0].plan.packs for group in packs[0].groups}
+    assert max(sizes) > 1
+    loss, reference = gradients(model, separate)
+    other, grads = gradients(model, shared)
+    assert other == pytest.approx(loss, rel=1e-5)
+    assert difference(grads, reference) < 1e-5
+
+
+@pytest.mark.parametrize("variant", ["lora", "frozen_vision"])
+def test_adapters_and_frozen_parts(variant, tiny_checkpoint, toy_config):
+    folder = tiny_checkpoint("qwen2_5vl")
+    lora = LoraConfig(parts=("language_model",), r=4) if variant == "lora" else None
+    torch.manual_seed(0)
+    model = build_model(folder, attention="tree_sdpa", lora=lora)
+    if variant == "frozen_vision":
+        for parameter in model.adapter.vision_encoder.parameters():
+            parameter.requires_grad_(False)
+    with torch.no_grad():  # a fresh adapter is zero
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+
+    def first(config):
+        return [next(iter(build_data(config, folder, build_layout(folder), COST, World())))]
+
+    common = {"step": {"global_batch_size": 24}}
+    loss, reference = gradients(
+        model, first(toy_config(shared_prefix={"compute": "separate"}, **common))
+    )
+    other, grads = gradients(model, first(toy_config(**common)))
+    assert other == pytest.approx(loss, rel=1e-5)
+    assert difference(grads, reference) < 1e-5
+    if variant == "lora":
+        assert all("lora" in name for name in grads)
 
 
 class TestMutants:
