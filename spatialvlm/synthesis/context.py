@@ -39,7 +39,7 @@ PAIR_ROTATION_DEG = (15.0, 120.0)
 PAIR_BASELINE_M = 0.2
 PAIR_IOU = (0.06, 0.60)
 PAIR_SHARED = 2
-MAX_OPEN_DEPTH = 4
+MAX_DEPTH_BYTES = 48 * 2**20
 MAX_PAIR_FRAMES = 48
 """Frames (evenly spread) among which view pairs are searched."""
 
@@ -104,6 +104,7 @@ class View:
     centroid: list[tuple[float, float]]
     """Centroid of the visible pixels, or of the projected box."""
     level_ok: bool
+    roll_deg: float = 0.0
 
     def is_clean(self, obj: int) -> bool:
         """Whether questions may name ``obj`` in this frame."""
@@ -152,6 +153,12 @@ class SceneContext:
         """What happened while proposing that is no rejected candidate; the engine counts and clears it."""
         self._views: dict[int, View] = {}
         self._footprints: dict[int, BaseGeometry] = {}
+        self.legs: dict[tuple[int, int], float | None] = {}
+        """Lengths of free ways between objects, filled by ``routes``; ``None`` = blocked."""
+        self.edges: dict[tuple[int, ...], list[Any]] = {}
+        """Relations of views and of pairs of objects, filled by ``scene_graph``."""
+        self._seen_in: dict[tuple[int, ...], tuple[bool, float]] = {}
+        self._appearances: dict[tuple[int, ...], tuple[float, float] | None] = {}
         self._pairs: dict[tuple[int, int], Pair] = {}
         self._usable: list[tuple[int, int]] | None = None
         self._depths: dict[int, Array] = {}
@@ -274,6 +281,7 @@ class SceneContext:
             distance=[item.box.distance_to_point(camera.centre) for item in self.objects],
             centroid=centroid,
             level_ok=level_ok,
+            roll_deg=camera.roll_deg,
         )
 
     def require_clean(self, view: View, objects: Iterable[int]) -> float:
@@ -297,8 +305,8 @@ class SceneContext:
         """
         if not view.level_ok:
             raise Reject(Reason.VERTICAL_AXIS, view.frame_id)
-        if abs(view.camera.roll_deg) > MAX_ROLL_DEG:
-            raise Reject(Reason.CAMERA_ROLL, f"{view.camera.roll_deg:.1f} degrees")
+        if abs(view.roll_deg) > MAX_ROLL_DEG:
+            raise Reject(Reason.CAMERA_ROLL, f"{view.roll_deg:.1f} degrees")
 
     def not_hidden(self, view: View, label: str) -> list[int]:
         """Visible and ambiguous instances of ``label``."""
@@ -306,15 +314,21 @@ class SceneContext:
 
     def visible_once(self, obj: int, frames: Sequence[int]) -> bool:
         """Whether the object is visible with enough pixels in at least one of the frames."""
-        for frame in frames:
-            vis = self.view(frame).vis[obj]
-            if vis.state == "visible" and vis.px_frac >= APPEARED_PX_FRAC:
-                return True
-        return False
+        return self._seen(obj, frames)[0]
 
     def best_visibility(self, obj: int, frames: Sequence[int]) -> float:
         """Largest visible share over the frames."""
-        return max((self.view(frame).vis[obj].vis_frac for frame in frames), default=0.0)
+        return self._seen(obj, frames)[1]
+
+    def _seen(self, obj: int, frames: Sequence[int]) -> tuple[bool, float]:
+        key = (obj, *frames)
+        if key not in self._seen_in:
+            records = [self.view(frame).vis[obj] for frame in frames]
+            self._seen_in[key] = (
+                any(v.state == "visible" and v.px_frac >= APPEARED_PX_FRAC for v in records),
+                max((v.vis_frac for v in records), default=0.0),
+            )
+        return self._seen_in[key]
 
     # Video ---------------------------------------------------------------------------------------
     def video_frames(self, count: int = 32) -> list[int]:
@@ -325,6 +339,11 @@ class SceneContext:
         steps = max(count - 1, 1)
         return list(dict.fromkeys((2 * i * last + steps) // (2 * steps) for i in range(count)))
 
+    @cached_property
+    def clip_ids(self) -> list[str]:
+        """Ids of the (at most 32) frames that stand for the scene as a video."""
+        return [self.scene.frames[index].frame_id for index in self.video_frames()]
+
     def appearance(self, obj: int, frames: Sequence[int]) -> tuple[float, float] | None:
         """First appearance on the shown frames as ``(earliest, latest)`` moment.
 
@@ -332,6 +351,12 @@ class SceneContext:
         first frame in which it cannot be overlooked. The unit is seconds; without timestamps two
         frames count as one second. ``None``: it never clearly appears.
         """
+        key = (obj, *frames)
+        if key not in self._appearances:
+            self._appearances[key] = self._first_seen(obj, frames)
+        return self._appearances[key]
+
+    def _first_seen(self, obj: int, frames: Sequence[int]) -> tuple[float, float] | None:
         early = late = None
         for position, frame in enumerate(frames):
             view = self.view(frame)
@@ -406,13 +431,14 @@ class SceneContext:
         return self.view(i), self.view(j)
 
     def depth(self, index: int) -> Array | None:
-        """Z-depth ``[H, W]`` in metres of a frame, ``None`` without a depth map; the last few are kept."""
+        """Z-depth ``[H, W]`` in metres of a frame, ``None`` without a depth map; some are kept."""
         if self.scene.frames[index].depth is None:
             return None
         if index not in self._depths:
-            if len(self._depths) >= MAX_OPEN_DEPTH:
+            depth = load_depth(self.scene, self.scene.frames[index])
+            while self._depths and (len(self._depths) + 1) * depth.nbytes > MAX_DEPTH_BYTES:
                 del self._depths[next(iter(self._depths))]
-            self._depths[index] = load_depth(self.scene, self.scene.frames[index])
+            self._depths[index] = depth
         return self._depths[index]
 
     def mask(self, index: int, obj: int) -> dict[str, Any]:
@@ -438,8 +464,7 @@ class SceneContext:
         frames = self.scene.frames
         if not frames or any(frame.depth is None for frame in frames):
             return None
-        cameras = [frame.camera for frame in frames]
-        return covisibility(cameras, lambda index: load_depth(self.scene, frames[index]))
+        return covisibility([frame.camera for frame in frames], self.depth)
 
     @cached_property
     def area_m2(self) -> float | None:

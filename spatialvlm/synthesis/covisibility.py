@@ -20,7 +20,7 @@ MAX_FRAMES = 400
 
 def covisibility(
     cameras: Sequence[Camera],
-    depth: Callable[[int], Array],
+    depth: Callable[[int], Array | None],
     *,
     num_points: int = NUM_POINTS,
     max_frames: int = MAX_FRAMES,
@@ -44,7 +44,7 @@ def covisibility(
     points = _surface(cameras, depth, used, num_points)
     seen = np.zeros((count, len(points)), dtype=np.float32)
     for index in used:
-        seen[index] = _sees(cameras[index], depth(index), points)
+        seen[index] = _sees(cameras[index], _known(depth(index)), points)
     shared = seen @ seen.T
     total = seen.sum(axis=1)
     union = total[:, None] + total[None] - shared
@@ -53,12 +53,15 @@ def covisibility(
 
 
 def _surface(
-    cameras: Sequence[Camera], depth: Callable[[int], Array], frames: list[int], num_points: int
+    cameras: Sequence[Camera],
+    depth: Callable[[int], Array | None],
+    frames: list[int],
+    num_points: int,
 ) -> Array:
     """At most ``num_points`` surface points ``[P, 3]``, evenly over the seen area."""
     clouds, keys = [np.zeros((0, 3))], [np.zeros(0, dtype=np.int64)]
     for index in frames:
-        values, camera = depth(index), cameras[index]
+        values, camera = _known(depth(index)), cameras[index]
         step = max(1, int(np.sqrt(values.size / POINTS_PER_FRAME)))
         rows, columns = np.mgrid[
             step // 2 : values.shape[0] : step, step // 2 : values.shape[1] : step
@@ -77,6 +80,11 @@ def _surface(
         order = Generator(Philox(key=0)).permutation(len(points))[:num_points]
         points = points[np.sort(order)]
     return points
+
+
+def _known(depth: Array | None) -> Array:
+    assert depth is not None, "co-visibility needs depth of every frame"
+    return depth
 
 
 def _voxel_keys(points: Array) -> Array:

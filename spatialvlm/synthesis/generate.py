@@ -15,6 +15,7 @@ from spatialvlm.synthesis.rows import (
     Args,
     Reason,
     Reject,
+    canonical_json,
     finish_row,
     hashed,
     row_id,
@@ -138,10 +139,11 @@ class RowMaker:
             forms = tuple(form for form in forms if form in chosen)
         if not forms:
             raise Reject(Reason.QUOTA, "no allowed form")
+        key = canonical_json(args)
         write = Writer(
             self.ctx,
             task.id,
-            args,
+            key,
             forms,
             seed=self.plan.seed,
             wording=self.plan.wording,
@@ -169,7 +171,8 @@ class RowMaker:
             args,
             derived,
             qa,
-            identity=row_id(self.ctx.scene.scene_id, task.id, args, qa.turns[0].form),
+            args_json=key,
+            identity=row_id(self.ctx.scene.scene_id, task.id, key, qa.turns[0].form),
             images=[f"{self.prefix}{frame.rgb}" for frame in frames],
             frame_ids=[frame.frame_id for frame in frames],
             frame_times=None if None in times else [float(t) for t in times if t is not None],

@@ -33,13 +33,28 @@ def stands_on_floor(ctx: SceneContext, obj: int) -> bool:
     return blocks_floor(ctx, obj) and low <= 0.2 and ctx.objects[obj].support_parent is None
 
 
-def leg(ctx: SceneContext, p: int, q: int) -> LineString:
-    """Part of the line between two centres that lies outside both footprints.
+def leg_length(ctx: SceneContext, p: int, q: int) -> float:
+    """Length of the straight way between two objects.
+
+    That is the part of the line between their centres that lies outside both footprints.
 
     Raises:
         Reject: ``blocked``: shorter than 0.8 m or longer than 6 m, leaves the room, or touches an
             obstacle when widened by 0.25 m.
     """
+    key = (min(p, q), max(p, q))
+    if key not in ctx.legs:
+        try:
+            ctx.legs[key] = _free_way(ctx, *key)
+        except Reject:
+            ctx.legs[key] = None
+    length = ctx.legs[key]
+    if length is None:
+        raise Reject(Reason.BLOCKED, f"no free way between objects {p} and {q}")
+    return length
+
+
+def _free_way(ctx: SceneContext, p: int, q: int) -> float:
     line = LineString([ctx.center_list[p][:2], ctx.center_list[q][:2]])
     free = line.difference(ctx.footprint(p)).difference(ctx.footprint(q))
     if not isinstance(free, LineString) or free.is_empty:
@@ -54,7 +69,7 @@ def leg(ctx: SceneContext, p: int, q: int) -> LineString:
             continue
         if lane.intersects(ctx.footprint(obj)):
             raise Reject(Reason.BLOCKED, f"object {obj} is in the way")
-    return free
+    return float(free.length)
 
 
 def _carried(ctx: SceneContext, obj: int, ends: Sequence[int]) -> bool:
@@ -87,7 +102,7 @@ def plan_turns(ctx: SceneContext, stops: Sequence[int]) -> tuple[list[str], Marg
     Raises:
         Reject: ``blocked`` or ``turn``.
     """
-    length = sum(leg(ctx, p, q).length for p, q in pairwise(stops))
+    length = sum(leg_length(ctx, p, q) for p, q in pairwise(stops))
     words, margins = [], []
     for before, here, after in zip(stops, stops[1:], stops[2:], strict=False):
         change = wrap_deg(ctx.bearing(here, after) - ctx.bearing(before, here))
@@ -112,7 +127,7 @@ def simulate(ctx: SceneContext, stops: Sequence[int], turns: Sequence[str]) -> b
                 return False
             facing = ctx.bearing(here, after)
         try:
-            leg(ctx, here, after)
+            leg_length(ctx, here, after)
         except Reject:
             return False
     return True

@@ -207,14 +207,18 @@ SCHEMA = pa.schema(
 """Columns ``answer_json slots marks evidence`` hold JSON text."""
 
 
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+_compact = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+
+
 def canonical_json(value: Any) -> str:
     """JSON text that is equal for equal values: sorted keys, no blanks."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return _canonical.encode(value)
 
 
 def compact_json(value: Any) -> str:
     """JSON text without blanks, keys in their own order."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return _compact.encode(value)
 
 
 def hashed(*parts: object, size: int = 8) -> int:
@@ -223,22 +227,31 @@ def hashed(*parts: object, size: int = 8) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest(), "big")
 
 
-def row_id(scene_id: str, task: str, args: Mapping[str, Any], form: str) -> str:
-    """Identity of a question: 24 hex digits of (version, scene, task, arguments, form)."""
-    text = "\x1f".join((GEN_VERSION, scene_id, task, canonical_json(args), form))
+def row_id(scene_id: str, task: str, args_json: str, form: str) -> str:
+    """Identity of a question: 24 hex digits of (version, scene, task, arguments, form).
+
+    Args:
+        scene_id: Scene.
+        task: Task id.
+        args_json: :func:`canonical_json` of the arguments.
+        form: Form of the answer.
+    """
+    text = "\x1f".join((GEN_VERSION, scene_id, task, args_json, form))
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
 def rounded(values: Any, places: int = 6) -> Any:
     """Round every float inside nested lists and dicts; numpy scalars become Python numbers."""
+    if isinstance(values, float):
+        return round(float(values), places) + 0.0
+    if isinstance(values, str | int):
+        return values
     if isinstance(values, dict):
         return {key: rounded(value, places) for key, value in values.items()}
     if isinstance(values, list | tuple):
         return [rounded(value, places) for value in values]
     if hasattr(values, "tolist"):
         return rounded(values.tolist(), places)
-    if isinstance(values, float):
-        return round(values, places) + 0.0
     return values
 
 
@@ -290,6 +303,7 @@ def finish_row(
     derived: Derived | list[Derived],
     qa: QA,
     *,
+    args_json: str,
     identity: str,
     images: list[str],
     frame_ids: list[str],
@@ -304,6 +318,7 @@ def finish_row(
         args: Arguments of the question.
         derived: Answer and evidence; a list for a dialogue with several turns.
         qa: Text, typed answer, slots and marks.
+        args_json: :func:`canonical_json` of ``args``.
         identity: Row id.
         images: Image paths in marker order, relative to the scenes folder.
         frame_ids: Ids of the same frames.
@@ -320,7 +335,9 @@ def finish_row(
         question = (marker if index == 0 else "") + turn.question
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": turn.reply})
-    evidence = [{"args": args, "values": rounded(part.values)} for part in parts]
+    evidence = [
+        f'{{"args":{args_json},"values":{compact_json(rounded(part.values))}}}' for part in parts
+    ]
     answers = [turn.answer for turn in qa.turns]
     return {
         "id": identity,
@@ -352,7 +369,7 @@ def finish_row(
             "value": round(tightest.value, 6),
             "threshold": round(tightest.threshold, 6),
         },
-        "evidence": compact_json(evidence if several else evidence[0]),
+        "evidence": f"[{','.join(evidence)}]" if several else evidence[0],
         "gen_version": GEN_VERSION,
         **scene_columns,
         **task_columns,

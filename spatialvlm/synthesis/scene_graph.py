@@ -29,6 +29,13 @@ class Edge:
 
 def view_edges(ctx: SceneContext, view: View) -> list[Edge]:
     """All relations between clean objects of a view that hold by their margins."""
+    key = (view.index,)
+    if key not in ctx.edges:
+        ctx.edges[key] = _view_edges(ctx, view)
+    return ctx.edges[key]
+
+
+def _view_edges(ctx: SceneContext, view: View) -> list[Edge]:
     edges = []
     for i, a in enumerate(view.clean):
         for b in view.clean[i + 1 :]:
@@ -51,7 +58,13 @@ def _both(relation: str, a: int, b: int, holds: bool, margin: Margin) -> list[Ed
 
 def scene_edges_of(ctx: SceneContext, a: int, b: int) -> list[Edge]:
     """Relations of two objects that do not depend on a view: size, nearness, support."""
-    edges = []
+    if (a, b) not in ctx.edges:
+        ctx.edges[a, b] = _scene_edges_of(ctx, a, b)
+    return ctx.edges[a, b]
+
+
+def _scene_edges_of(ctx: SceneContext, a: int, b: int) -> list[Edge]:
+    edges: list[Edge] = []
     try:
         winner, margin = compare_size(ctx, a, b, "bigger")
         edges.append(Edge("bigger", winner, b if winner == a else a, margin.normalised))
@@ -93,5 +106,7 @@ def rests_on(ctx: SceneContext, top: int, bottom: int) -> bool:
 
 def is_inside(ctx: SceneContext, inner: int, outer: int) -> bool:
     """Whether all corners of one box lie in another."""
+    if ctx.distances[inner][outer] > 0 or ctx.volume[inner] > ctx.volume[outer]:
+        return False
     corners: Array = ctx.corners[inner]
     return bool(ctx.objects[outer].box.contains(corners, margin=0.01).all())

@@ -31,7 +31,7 @@ from spatialvlm.synthesis.executors import Executor, run_parts
 from spatialvlm.synthesis.generate import RowMaker, make_context
 from spatialvlm.synthesis.parts import SceneRef, image_prefix, list_scenes, read_scene
 from spatialvlm.synthesis.plan import SynthesisPlan, TaskPlan
-from spatialvlm.synthesis.rows import SCHEMA, Reject, hashed, row_id
+from spatialvlm.synthesis.rows import SCHEMA, Reject, canonical_json, hashed, row_id
 from spatialvlm.synthesis.tasks import TASKS
 from spatialvlm.synthesis.wording import PhraseBook, Wording, default_book
 from spatialvlm.synthesis.writer import OPTION_GAP
@@ -183,7 +183,7 @@ def check_row(maker: RowMaker, row: Mapping[str, Any]) -> list[str]:
         return [*problems, f"unknown task {row['task']!r}"]
     evidence = json.loads(row["evidence"])
     args = (evidence[0] if isinstance(evidence, list) else evidence)["args"]
-    if row["id"] != row_id(row["scene_id"], task.id, args, row["form"]):
+    if row["id"] != row_id(row["scene_id"], task.id, canonical_json(args), row["form"]):
         problems.append("the id does not belong to the arguments")
     scene = maker.ctx.scene
     missing = [f for f in args.get("frames", ()) if f not in maker.ctx.frame_of]

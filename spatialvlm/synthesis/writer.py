@@ -17,14 +17,12 @@ from spatialvlm.synthesis.marks import mark_colour, mark_record
 from spatialvlm.synthesis.referral import refer
 from spatialvlm.synthesis.rows import (
     QA,
-    Args,
     Draws,
     Form,
     MediaKind,
     Reason,
     Reject,
     Turn,
-    canonical_json,
 )
 from spatialvlm.synthesis.wording import UNIT_WORDS, PhraseBook, Ref, Wording
 
@@ -39,7 +37,7 @@ class Writer:
     Args:
         ctx: The scene.
         task: Task id.
-        args: Arguments of the question; they seed every choice.
+        args_json: Arguments of the question as JSON; they seed every choice.
         forms: Answer forms to choose from.
         seed: Global seed.
         wording: How to word questions.
@@ -50,7 +48,7 @@ class Writer:
         self,
         ctx: SceneContext,
         task: str,
-        args: Args,
+        args_json: str,
         forms: Sequence[Form],
         *,
         seed: int,
@@ -59,10 +57,9 @@ class Writer:
     ) -> None:
         self.ctx = ctx
         self.task = task
-        self.args = args
         self.wording = wording
         self.book = book
-        self.draws = Draws(seed, ctx.scene.scene_id, task, canonical_json(args))
+        self.draws = Draws(seed, ctx.scene.scene_id, task, args_json)
         self.base: Form = self.draws.choice(forms)
         """Form of the answer itself; a sentence may still wrap it."""
         self.in_sentence = self.draws.unit() < wording.sentences

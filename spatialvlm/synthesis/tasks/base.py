@@ -6,8 +6,9 @@ A task proposes arguments, ``derive`` computes the answer from the scene and the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import Any, ClassVar
 
 from numpy.random import Generator
@@ -17,7 +18,9 @@ from spatialvlm.synthesis.rows import QA, Args, Derived, Form, Reason, Reject, T
 from spatialvlm.synthesis.writer import Writer
 
 MAX_COMBINATIONS = 400
-"""Ordered object tuples tried per frame."""
+"""Object tuples tried per frame."""
+MAX_ENUMERATED = 4000
+"""Up to so many tuples are listed and shuffled; more are drawn."""
 NUM_IOU_BINS = 9
 
 
@@ -109,11 +112,10 @@ def tuples(
 ) -> Iterator[list[int]]:
     """Distinct random ``size``-tuples of ``pool``, without repeats; ends when they run out."""
     count = len(pool)
-    if count < size:
-        return
-    if size <= 2 and ordered:
-        every = list(permutations(pool, size))
-        for index in rng.permutation(len(every))[:MAX_COMBINATIONS].tolist():
+    total = math.perm(count, size) if ordered else math.comb(count, size)
+    if total <= MAX_ENUMERATED:
+        every = list((permutations if ordered else combinations)(pool, size))
+        for index in rng.permutation(total)[:MAX_COMBINATIONS].tolist():
             yield list(every[index])
         return
     seen: set[tuple[int, ...]] = set()

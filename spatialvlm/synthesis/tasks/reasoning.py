@@ -10,7 +10,13 @@ from numpy.random import Generator
 
 from spatialvlm.synthesis.captions import caption_facts, caption_text
 from spatialvlm.synthesis.context import SceneContext
-from spatialvlm.synthesis.routes import TURN_WORDS, leg, plan_turns, simulate, stands_on_floor
+from spatialvlm.synthesis.routes import (
+    TURN_WORDS,
+    leg_length,
+    plan_turns,
+    simulate,
+    stands_on_floor,
+)
 from spatialvlm.synthesis.rows import QA, Args, Derived, Margin, Reason, Reject
 from spatialvlm.synthesis.scene_graph import view_edges
 from spatialvlm.synthesis.tasks.base import Task, require_count, shuffled
@@ -48,7 +54,7 @@ def routes(ctx: SceneContext, rng: Generator, pool: list[int]) -> Iterator[list[
 
 def _free(ctx: SceneContext, a: int, b: int) -> bool:
     try:
-        leg(ctx, a, b)
+        leg_length(ctx, a, b)
     except Reject:
         return False
     return True

@@ -38,10 +38,9 @@ class VideoTask(Task):
         Raises:
             Reject: ``too_few_frames``.
         """
-        frames = ctx.video_frames(NUM_FRAMES)
-        if len(frames) < 2:
-            raise Reject(Reason.TOO_FEW_FRAMES, f"{len(frames)}")
-        return [ctx.scene.frames[i].frame_id for i in frames]
+        if ctx.num_frames < 2:
+            raise Reject(Reason.TOO_FEW_FRAMES, f"{ctx.num_frames}")
+        return ctx.clip_ids
 
     def frames(self, ctx: SceneContext, args: Args) -> list[int]:
         """Frame indices of a row."""

@@ -269,9 +269,9 @@ def test_only_the_right_plan_reaches_the_goal(room):
 
 
 def test_routes_do_not_cross_furniture(room):
-    from spatialvlm.synthesis.routes import leg
+    from spatialvlm.synthesis.routes import leg_length
 
-    assert reason_of(leg, room, BIN, LAMP) == Reason.BLOCKED
+    assert reason_of(leg_length, room, BIN, LAMP) == Reason.BLOCKED
     assert reason_of(turn_word, 45.0) == Reason.TURN
     assert turn_word(-170.0)[0] == "back"
 
