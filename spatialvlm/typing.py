@@ -88,6 +88,9 @@ class Batch(TypedDict, total=False):
     ``frames_u8``."""
     geometry_shapes: Tensor
     """int64 ``[G, 3]``: (S, H, W) of every geometry group. Absent without geometry."""
+    geometry_content: Tensor
+    """int64 ``[num_media, 2]``: (height, width), from the top left, that a medium fills of its group's
+    frames; (0, 0) = all. Absent when no frame is padded."""
     geometry_keys: list[str]
     """One content identity per group; equal keys are encoded once. Empty string = unknown."""
     flags: ModalityFlags

@@ -38,6 +38,8 @@ class MediaPixels(NamedTuple):
     """The same frames at the geometry encoder's size, unmarked; None without geometry."""
     key: str
     """Content identity of the geometry frames."""
+    content: tuple[int, int] | None = None
+    """(height, width) of the image inside letterboxed geometry frames; None = they are not padded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +225,8 @@ def _add_media(batch: Batch, media: Sequence[MediaPixels]) -> None:
         "+".join(m.key for m in members) if all(m.key for m in members) else ""
         for members in ordered
     ]
+    if any(m.content for m in media):
+        batch["geometry_content"] = _tensor(np.array([m.content or (0, 0) for m in media], np.int64))
     in_order = [m for members in ordered for m in members]
     same = len(in_order) == len(media) and all(
         a is b and a.geometry is a.frames for a, b in zip(in_order, media, strict=True)

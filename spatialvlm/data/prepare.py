@@ -21,6 +21,7 @@ from spatialvlm.data.sample import LENGTH_DTYPE, CoordConvention, Draw, EncodedS
 from spatialvlm.data.template import ChatTemplate
 from spatialvlm.errors import MarkError
 from spatialvlm.sequence.layout import TokenLayout
+from spatialvlm.sequence.sizes import GroupSize
 from spatialvlm.typing import KIND_IMAGE, KIND_VIDEO, MarkSpec
 
 if TYPE_CHECKING:
@@ -195,7 +196,8 @@ def load_pixels(
             reason="mark",
         )
     groups = geometry_groups(sample, layout)
-    sizes = dict(_group_sizes(infos, groups, layout))
+    sizes = _group_sizes(infos, groups, layout)
+    contents = {group: iter(size.content) for group, size in sizes.items()}
     out = []
     for index, (info, group) in enumerate(zip(infos, groups, strict=True)):
         source = store.load(info.ref)
@@ -204,10 +206,13 @@ def load_pixels(
             frames = split_tiles(source, rows, cols, info.size[0])
         else:
             frames = resize(source, info.size)
-        geometry = None
+        geometry, content, key = None, None, ""
         if group >= 0:
-            same = sizes[group] == info.size
-            geometry = frames if same else resize(source, sizes[group])
+            canvas, own = sizes[group].canvas, next(contents[group])
+            same = own == canvas == info.size
+            geometry = frames if same else _letterbox(resize(source, own), canvas)
+            content = None if own == canvas else own
+            key = _geometry_key(store, info, canvas, own)
         if sample.marks:
             assert draw_marks is not None
             frames = _marked(frames, index, info, sample, draw_marks)
@@ -221,7 +226,8 @@ def load_pixels(
                 frames=frames,
                 group=group,
                 geometry=geometry,
-                key=_geometry_key(store, info, sizes[group]) if group >= 0 else "",
+                key=key,
+                content=content,
             )
         )
     return tuple(out)
@@ -261,17 +267,24 @@ def _marked(
     return out
 
 
+def _letterbox(frames: UInt8Array, canvas: tuple[int, int]) -> UInt8Array:
+    """Pad uint8 ``[S, H, W, 3]`` with white at the bottom and right to ``[S, *canvas, 3]``."""
+    height, width = frames.shape[1:3]
+    if (height, width) == canvas:
+        return frames
+    padding = ((0, 0), (0, canvas[0] - height), (0, canvas[1] - width), (0, 0))
+    return np.pad(frames, padding, constant_values=255)
+
+
 def _group_sizes(
     infos: Sequence[MediaInfo], groups: Sequence[int], layout: TokenLayout
-) -> list[tuple[int, tuple[int, int]]]:
-    """Encoder size of every geometry group: the one of its first medium, to which all others are resized."""
-    sizes: dict[int, tuple[int, int]] = {}
+) -> dict[int, GroupSize]:
+    """Encoder canvas of every geometry group, and the part of it that each of its media fills."""
+    members: dict[int, list[tuple[tuple[int, int], tuple[int, int]]]] = {}
     for info, group in zip(infos, groups, strict=True):
-        if group >= 0 and group not in sizes:
-            size = layout.geometry_size(info.header.size, info.grid[1:])
-            assert size is not None, "a geometry group needs an encoder"
-            sizes[group] = size
-    return list(sizes.items())
+        if group >= 0:
+            members.setdefault(group, []).append((info.header.size, info.grid[1:]))
+    return {group: layout.group_size(sizes) for group, sizes in members.items()}
 
 
 def _geometry_shapes(
@@ -279,13 +292,13 @@ def _geometry_shapes(
 ) -> list[tuple[int, tuple[int, int]]]:
     """Frames and size of every geometry group."""
     return [
-        (sum(i.num_frames for i, g in zip(infos, groups, strict=True) if g == group), size)
-        for group, size in _group_sizes(infos, groups, layout)
+        (sum(i.num_frames for i, g in zip(infos, groups, strict=True) if g == group), size.canvas)
+        for group, size in _group_sizes(infos, groups, layout).items()
     ]
 
 
-def _geometry_key(store: MediaStore, info: MediaInfo, size: tuple[int, int]) -> str:
-    ref = info.ref
-    return repr(
-        (str(Path(store.root).resolve()), ref.store, ref.path, ref.member, ref.frames, size)
-    )
+def _geometry_key(
+    store: MediaStore, info: MediaInfo, canvas: tuple[int, int], content: tuple[int, int]
+) -> str:
+    ref, root = info.ref, str(Path(store.root).resolve())
+    return repr((root, ref.store, ref.path, ref.member, ref.frames, canvas, content))

@@ -43,6 +43,15 @@ class GeometryBranch:
     _calls: int = 0
     _recent: OrderedDict[str, GeometryFeatures] = field(default_factory=OrderedDict)
 
+    def content(self, batch: Batch) -> list[tuple[int, int] | None] | None:
+        """Part of the encoder's patch grid that every medium fills; ``None`` = all, no padding."""
+        if "geometry_content" not in batch:
+            return None
+        assert self.encoder is not None
+        patch = self.encoder.patch_size
+        sizes = [(height, width) for height, width in batch["geometry_content"].tolist()]
+        return [(h // patch, w // patch) if h else None for h, w in sizes]
+
     def features(self, batch: Batch) -> list[GeometryFeatures]:
         """Features of every geometry group of a pack; equal groups are encoded once.
 

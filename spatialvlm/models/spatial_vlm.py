@@ -276,6 +276,7 @@ class SpatialVLM(nn.Module):
             [(t, h, w) for t, h, w in batch["media_grid_thw"].tolist()] if has_media else [],
             batch["media_group"].tolist() if has_media else [],
             self.adapter.projector,
+            self.geometry.content(batch),
         )
         return output
 

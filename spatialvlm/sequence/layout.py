@@ -24,7 +24,7 @@ import numpy as np
 
 from spatialvlm.errors import AlignmentError, ConfigError
 from spatialvlm.sequence.positions import INSERTIONS, Block, Insertion, mrope_positions, unit_times
-from spatialvlm.sequence.sizes import Size, SizePolicy
+from spatialvlm.sequence.sizes import GroupSize, Size, SizePolicy
 from spatialvlm.typing import KIND_CAMERA, KIND_IMAGE, KIND_SPATIAL, KIND_TEXT, KIND_VIDEO
 
 if TYPE_CHECKING:
@@ -162,6 +162,15 @@ class TokenLayout:
             grid_hw: Patch grid of the medium before the merger.
         """
         return None if self.size is None else self.size.target(src_hw, grid_hw)
+
+    def group_size(self, frames: Sequence[tuple[Size, Size]]) -> GroupSize:
+        """Common size of media that the encoder sees together, and the part that each of them fills.
+
+        Args:
+            frames: ``(src_hw, grid_hw)`` of every medium of a group, as for :meth:`geometry_size`.
+        """
+        assert self.size is not None, "a layout without an encoder has no geometry groups"
+        return self.size.group([self.size.target(src_hw, grid_hw) for src_hw, grid_hw in frames])
 
     def expand(
         self, pieces: Sequence["IntArray | MediaItem"], encode_text: "EncodeText"
