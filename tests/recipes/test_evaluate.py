@@ -121,6 +121,29 @@ def test_other_families_share_prefixes(family, recipe, rows, tiny_checkpoint, tm
     assert predictions(tmp_path / "shared") == predictions(tmp_path / "single")
 
 
+def test_adapters_are_merged_into_the_base_they_name(recipe, rows, tiny_checkpoint, tmp_path):
+    import torch
+
+    from spatialvlm.models.export import export
+    from spatialvlm.models.lora import add_adapters, save_adapters
+    from spatialvlm.models.spatial_vlm import SpatialVLM
+
+    base = tiny_checkpoint("qwen3vl")
+    model = SpatialVLM.from_pretrained(base)
+    add_adapters(model, rank=4, alpha=64, parts=["language_model"])
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    save_adapters(model, tmp_path / "adapters")
+    export(base, tmp_path / "merged", variant="2d", adapters=tmp_path / "adapters")
+    texts = {}
+    for name, folder in {"adapters": "adapters", "merged": "merged", "base": base}.items():
+        assert recipe(arguments(rows, tmp_path / folder, tmp_path / f"eval_{name}")) == 0
+        texts[name] = predictions(tmp_path / f"eval_{name}")
+    assert texts["adapters"] == texts["merged"] != texts["base"]
+
+
 def test_resume_and_changed_settings(recipe, rows, tiny_checkpoint, tmp_path, capsys):
     checkpoint = tiny_checkpoint("qwen3vl")
     out = tmp_path / "run"

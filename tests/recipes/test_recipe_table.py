@@ -1,0 +1,103 @@
+"""The values of every shipped recipe, written down a second time; and a dry run of each at full size."""
+
+from pathlib import Path
+
+import pytest
+
+from spatialvlm.config import TrainConfig, load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+ALL = sorted(p for d in ("stage1", "stage2", "tiny") for p in (ROOT / "configs" / d).glob("*.yaml"))
+BIG = ("qwen2_5vl_7b", "qwen3vl_8b", "internvl3_8b")
+
+# lr, vision, projector, embeddings, geometry, weight decay, warm-up, epochs, families, global batch, pack tokens
+SSR2D = (2e-5, 2e-6, 2e-5, 2e-5, None, 0.0, 0.03, 1, {"spatial": 1}, 128, 16384)
+OPENSPATIAL = (5e-5, 5e-6, 5e-6, 5e-5, None, 0.0, 0.1, 1, {"spatial": 1, "general": 1}, 128, 16384)
+STAGE2 = (1e-5, 1e-6, 1e-5, 1e-5, 1e-5, 0.0, 0.03, 3, {"spatial": 1}, 128, 16384)
+SCRATCH = (*STAGE2[:4], 5e-5, *STAGE2[5:])
+BOTH = {"spatial": 1, "general": 1}
+LORA1 = (2e-5, None, 2e-5, None, None, 0.0, 0.03, 1, BOTH, 64, 8192)
+LORA2 = (2e-5, None, 2e-5, None, 5e-5, 0.0, 0.03, 1, BOTH, 64, 8192)
+TABLE = {
+    **{f"stage1/{f}_ssr2d": SSR2D for f in (*BIG, "qwen2_5vl_3b")},
+    **{f"stage1/{f}_openspatial": OPENSPATIAL for f in (*BIG, "qwen2_5vl_3b")},
+    "stage1/qwen3vl_8b_sensenova_si": (1e-5, 1e-5, 1e-5, 1e-5, None, 0.0, 0.01, 1, {"spatial": 1}, 128, 32768),
+    "stage1/internvl3_8b_sensenova_si": (5e-6, None, 5e-6, 5e-6, None, 0.05, 0.03, 1, {"spatial": 1}, 128, 16384),
+    "stage1/internvl3_8b_internspatial": (2e-5, None, 2e-5, 2e-5, None, 0.05, 0.03, 1, BOTH, 128, 16384),
+    "stage1/qwen2_5vl_7b_internspatial": (1e-5, None, 1e-5, 1e-5, None, 0.0, 0.03, 1, BOTH, 128, 16384),
+    **{f"stage2/{f}_interleaved": STAGE2 for f in ("qwen2_5vl_7b", "qwen3vl_8b", "qwen2_5vl_3b")},
+    "stage2/internvl3_8b_interleaved": (*STAGE2[:10], 20480),
+    **{f"stage2/qwen2_5vl_7b_{k}": STAGE2 for k in ("sequential", "in_place", "no_stage1")},
+    "stage2/qwen2_5vl_7b_interleaved_scratch": SCRATCH,
+    **{f"stage1/{f}_lora": LORA1 for f in ("qwen2_5vl_7b", "qwen2_5vl_3b")},
+    **{f"stage2/{f}_lora": LORA2 for f in ("qwen2_5vl_7b", "qwen2_5vl_3b")},
+}  # fmt: skip
+INSERTION = {
+    "stage2/qwen2_5vl_7b_sequential": "sequential",
+    "stage2/qwen2_5vl_7b_in_place": "in_place",
+}
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT / "configs").with_suffix(""))
+
+
+def test_table_and_folder_hold_the_same_recipes():
+    assert {_name(p) for p in ALL if p.parent.name != "tiny"} == set(TABLE)
+    tiny = {p.stem for p in ALL if p.parent.name == "tiny"}
+    assert tiny == {f"stage{s}_{f}" for s in (1, 2) for f in ("qwen2_5vl", "qwen3vl", "internvl3")}
+
+
+@pytest.mark.parametrize("name", sorted(TABLE))
+def test_values(name):
+    config = load_config(ROOT / "configs" / f"{name}.yaml", [], TrainConfig)
+    optim = config.optim
+    assert (
+        optim.lr, optim.vision_lr, optim.projector_lr, optim.embedding_lr, optim.geometry_lr, optim.weight_decay,
+        config.schedule.warmup_ratio, config.data.length.epochs, config.data.families,
+        config.step.global_batch_size, config.packing.max_tokens,
+    ) == TABLE[name]  # fmt: skip
+    assert (optim.betas, optim.eps, optim.max_grad_norm) == ((0.9, 0.999), 1e-8, 1.0)
+    assert (config.run.seed, config.precision, config.data.loss_weighting) == (42, "bf16", "token")
+    assert config.memory.checkpoint_language_model
+    assert config.shared_prefix.enabled == ("sensenova_si" not in name)
+    assert (config.lora is not None) == name.endswith("lora")
+    if config.lora is not None:
+        assert (config.lora.parts, config.lora.r, config.lora.alpha, config.lora.dropout) == (("language_model",), 128, 256.0, 0.0)  # fmt: skip
+    if config.geometry is not None:
+        assert config.geometry.layers == (22,)
+        assert config.geometry.fusion == "pre_projector"
+        assert config.geometry.insertion == INSERTION.get(name, "interleaved")
+        assert config.geometry.init == ("scratch" if name.endswith("scratch") else "warm")
+
+
+@pytest.mark.parametrize("path", ALL, ids=_name)
+def test_command_of_the_header_is_real(path):
+    text = path.read_text()
+    command = next(line for line in text.splitlines() if line.startswith("# Command")).split()
+    named = [ROOT / word for word in command if word.endswith((".yaml", ".py"))]
+    assert path in named
+    assert all(p.is_file() for p in named)
+    assert (
+        f"recipes/{_name(path).split('/')[-1][:6] if path.parent.name == 'tiny' else path.parent.name}.py"
+        in text
+    )
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("path", ALL, ids=_name)
+def test_dry_run_at_full_size(path, run, capsys, monkeypatch):
+    """No weights, no data, no GPU: groups with rates, mixture, memory for every strategy."""
+    monkeypatch.chdir(ROOT)
+    stage = 2 if "stage2" in str(path.relative_to(ROOT)) else 1
+    assert run(stage, path, "--dry-run") == 0
+    out = capsys.readouterr().out
+    config = load_config(path, [], TrainConfig)
+    for part, rate in config.optim.lr_by_part().items():
+        if rate is not None and config.lora is None:
+            assert f"{part}/" in out, part
+    if config.lora is not None:
+        assert "lora/no_decay" in out
+    assert "mixture by samples" in out
+    for word in ("ddp", "zero1", "zero2", "zero3", "fsdp2", "with recomputation"):
+        assert word in out
