@@ -12,11 +12,12 @@ import multiprocessing
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spatialvlm.data.faults import LOAD_REASONS
+from spatialvlm.data.index import FLAG_VARIABLE
 from spatialvlm.data.prepare import SampleEncoder
 from spatialvlm.data.sample import LENGTH_DTYPE
 from spatialvlm.errors import BudgetError, DataError
@@ -119,7 +120,27 @@ class LengthTable:
             rows = draws["row"][mine]
             self.measure(int(source), rows)
             out[mine] = self.records[source][rows]
+        for at in np.flatnonzero(draws["epoch"] > 0):
+            draw = draws[at]
+            if self._varies(int(draw["source"]), int(draw["row"])):
+                out[at] = self._measure_again(draw, out[at])
         return out
+
+    def _varies(self, source: int, row: int) -> bool:
+        """Whether a row reads differently in another epoch."""
+        index = self.encoder.indices[source]
+        if index.source.attrs.answers != "cycle" and self.encoder.expand_format is None:
+            return False
+        return bool(index.column("flags")[row] & FLAG_VARIABLE)
+
+    def _measure_again(self, draw: npt.NDArray[np.void], first: npt.NDArray[np.void]) -> Any:
+        """Sizes in the draw's epoch; those of the first one when it cannot be used, and is replaced later."""
+        try:
+            return self.encoder.measure(int(draw["source"]), int(draw["row"]), int(draw["epoch"]))
+        except DataError as error:
+            if error.reason not in LOAD_REASONS:
+                raise
+            return first
 
     def rejected(self, source: int) -> dict[str, int]:
         """Unusable rows per reason."""

@@ -149,6 +149,10 @@ class PackBuilder:
             ]
             rows = self.mixture.unit_rows(lane, unit)
             wanted = self._measure(first.source, rows, epoch)
+            if (
+                wanted is None
+            ):  # another wording of this epoch is too long; planned with the first one
+                wanted = self._measure(first.source, rows, 0)
             assert wanted is not None, "a planned unit was measured before"
             found: dict[int, list[Prepared]] = {}
 

@@ -1,5 +1,7 @@
 """Steps: complete, equal for every world size and worker count, resumable by one integer."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -235,3 +237,24 @@ def test_boxes_in_the_backbones_convention(tiny_checkpoint, toy_data, toy_config
             answer = loader.lengths.encoder.template.decode(batch["target_ids"].tolist())
             assert text in answer, (family, mode)
     assert sum("abs_source" in line and "coords_to: native" in line for line in said) == 2
+
+
+def test_answers_that_cycle_are_planned_with_the_length_of_their_epoch(
+    tiny_checkpoint, toy_data, toy_config
+):
+    rows = [
+        {"question": f"{n}?", "answers": ["one", "a much longer answer"], "scene_id": f"s{n % 6}"}
+        for n in range(6)
+    ]
+    (toy_data / "cycle.json").write_text(json.dumps(rows))
+    source = {"name": "sp", "family": "spatial", "files": ["cycle.json"], "root": str(toy_data),
+              "answers": "cycle", "media_template": "{scene_id}"}  # fmt: skip
+    config = toy_config(
+        sources=[source],
+        data={"families": {"spatial": 1}, "length": {"epochs": 2}},
+        step={"global_batch_size": 6},
+    )
+    first, second = list(build(config, tiny_checkpoint("qwen3vl")))
+    assert uids(first) == uids(second)
+    assert second.label_tokens > first.label_tokens
+    assert second.denominator_local == second.label_tokens
