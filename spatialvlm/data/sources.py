@@ -31,6 +31,8 @@ from spatialvlm.data.sample import MediaRef, Sample
 from spatialvlm.errors import ConfigError, DataError, MediaError
 
 _DETECT_ROWS = 100
+MAX_FILES = 65_535
+"""Files of one source; the row table numbers them in 16 bits."""
 
 
 class Source:
@@ -312,10 +314,14 @@ def _expand(source: str, root: Path, patterns: Sequence[str]) -> tuple[str, ...]
                 ]
             else:
                 found.append(str(Path(path).relative_to(root)))
-    twice = sorted({name for name in found if found.count(name) > 1}) if len(found) < 10_000 else []
-    if twice:
+    if len(set(found)) < len(found):
+        twice = next(name for n, name in enumerate(found) if name in found[:n])
         raise ConfigError(
-            f"source {source}: {twice[0]} is listed twice; use repeat to draw rows more often."
+            f"source {source}: {twice} is listed twice; use repeat to draw rows more often."
+        )
+    if len(found) > MAX_FILES:
+        raise ConfigError(
+            f"source {source} has {len(found)} files, more than {MAX_FILES}; split it."
         )
     return tuple(found)
 

@@ -253,13 +253,17 @@ def test_globs_and_equal_stems(tmp_path):
     assert mine.stems == ("x/rows", "y/rows")
 
 
-def test_wrong_files_are_named(tmp_path):
+def test_wrong_files_are_named(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     (tmp_path / "a.txt").write_text("hello")
     with pytest.raises(ConfigError, match=r"no file 'b\.jsonl'"):
         source(tmp_path, "b.jsonl")
     with pytest.raises(ConfigError, match=r"a\.jsonl is listed twice"):
         source(tmp_path, "a.jsonl", "a.jsonl")
+    monkeypatch.setattr("spatialvlm.data.sources.MAX_FILES", 1)
+    with pytest.raises(ConfigError, match="2 files, more than 1"):
+        source(tmp_path, "a.*")
+    monkeypatch.undo()
     with pytest.raises(ConfigError, match="known kind"):
         source(tmp_path, "a.txt", format="sharegpt").container(0)
     with pytest.raises(ConfigError, match="unknown format 'share'"):
