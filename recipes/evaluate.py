@@ -71,7 +71,9 @@ class Asker:
         assert config.model is not None
         self.config = config
         self.processes = start_processes(timeout_s=3600)
-        self.folder = find_folder(config.model.init_from, config.model.revision)
+        self.folder, adapters = self.base_of(
+            find_folder(config.model.init_from, config.model.revision)
+        )
         saved = saved_geometry(self.folder)
         geometry = GeometryConfig.model_validate(saved["geometry"]) if saved else None
         if geometry is not None:
@@ -90,9 +92,23 @@ class Asker:
         import torch
 
         dtype = torch.bfloat16 if config.evaluation.dtype == "bf16" else torch.float32
-        self.model = build_model(
-            self.folder, geometry, dtype=dtype, device=self.processes.device
-        ).eval()
+        self.model = build_model(self.folder, geometry, dtype=dtype, device=self.processes.device)
+        self.weights = adapters or self.folder
+        if adapters is not None:
+            from peft import PeftModel
+
+            PeftModel.from_pretrained(self.model.backbone, adapters).merge_and_unload()
+        self.model.eval()
+
+    @staticmethod
+    def base_of(folder: Path) -> tuple[Path, Path | None]:
+        """Model directory, and the adapters on top of it if ``folder`` holds only adapters."""
+        from spatialvlm.models.directory import find_folder
+
+        description = folder / "adapter_config.json"
+        if (folder / "config.json").is_file() or not description.is_file():
+            return folder, None
+        return find_folder(json.loads(description.read_text())["base_model_name_or_path"]), folder
 
     def complete(self, packs: list[Any], max_new_tokens: int) -> list[list[list[int]]]:
         """Greedy completions of prompt packs."""
@@ -114,7 +130,7 @@ class Asker:
         from spatialvlm.evaluation.schema import sha256_of
 
         section = self.config.evaluation
-        weights = sorted(p for p in self.folder.glob("*.safetensors*") if p.is_file())
+        weights = sorted(p for p in self.weights.glob("*.safetensors*") if p.is_file())
         index = next((p for p in weights if p.suffix == ".json"), weights[0] if weights else None)
         return {
             "benchmark": benchmark.spec.name,
