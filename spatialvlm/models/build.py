@@ -55,6 +55,7 @@ def build_layout(checkpoint: str | Path, geometry: GeometryConfig | None = None)
         time_2d=geometry.positions.time_2d,
         text_after_vision=geometry.positions.text_after_vision,
         size=SizePolicy(
+            patch_size=meta_encoder(settings).patch_size,
             policy=geometry.size_policy,
             native_long=geometry.native_long,
             grid_min=geometry.grid_min,

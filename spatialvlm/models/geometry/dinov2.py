@@ -170,12 +170,12 @@ def load_dinov2(
 
 
 def meta_dinov2(source: str | Path, layers: Sequence[int]) -> Dinov2Encoder:
-    """The encoder without storage: sizes of a local folder if there is one, else of DINOv2-L/14."""
+    """The encoder without storage: sizes of the source's config; of DINOv2-L/14 if it cannot be reached."""
     from transformers import AutoConfig, AutoModel, Dinov2Config
 
-    if Path(source).is_dir():
+    try:
         config = AutoConfig.from_pretrained(source)
-    else:
+    except OSError:
         config = Dinov2Config(
             hidden_size=1024,
             num_hidden_layers=24,

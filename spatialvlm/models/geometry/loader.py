@@ -105,7 +105,7 @@ def encoder_fingerprint(
 ) -> str:
     """Identity of encoder, configuration, numerics and loaded weights.
 
-    Rank 0 reads and hashes; the other ranks of a distributed run receive its result.
+    In a distributed run this is a collective call: rank 0 reads and hashes, the others receive its result.
 
     Args:
         name: Name of the encoder.

@@ -147,3 +147,15 @@ def test_bad_use(folders):
         load_dinov2(folders["dinov2"], layers=(22,))
     with pytest.raises(ConfigError, match="bf16, fp32"):
         load_dinov2(folders["dinov2"], precision="fp16")
+
+
+def test_the_layout_takes_the_patch_size_of_the_encoder(folders, tiny_checkpoint):
+    from spatialvlm.config.geometry import GeometryConfig
+    from spatialvlm.models.build import build_layout
+
+    for kind, size in (("dinov3", (64, 96)), ("dinov2", (56, 84))):
+        section = GeometryConfig(
+            encoder="dinov2", source=str(folders[kind]), layers=(-1,), size_policy="match_grid"
+        )
+        layout = build_layout(tiny_checkpoint("qwen3vl"), section)
+        assert layout.geometry_size((200, 300), (4, 6)) == size

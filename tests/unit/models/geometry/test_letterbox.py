@@ -1,6 +1,5 @@
 """Views of very different aspect share a canvas; the padding never reaches a token."""
 
-
 import numpy as np
 import pytest
 import torch

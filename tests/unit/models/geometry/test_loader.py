@@ -343,3 +343,34 @@ def test_licences_are_announced_once(data_dir, caplog, monkeypatch):
     for _ in range(2):
         load_vggt(data_dir / "vggt_tiny.safetensors", layers=(0,))
     assert caplog.text.count("CC BY-NC 4.0") == 1
+
+
+def fingerprint_on_rank(rank, store, source, queue):
+    """Both ranks load; only rank 0 may hash."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    loader._hashes.clear()
+    encoder = load_vggt(source, layers=(0,))
+    queue.put((rank, encoder.fingerprint, len(loader._hashes)))
+    torch.distributed.destroy_process_group()
+
+
+def test_rank_0_hashes_for_all(tmp_path, data_dir):
+    import multiprocessing
+
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    source = data_dir / "vggt_tiny.safetensors"
+    workers = [
+        context.Process(target=fingerprint_on_rank, args=(rank, tmp_path / "store", source, queue))
+        for rank in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    results = sorted(queue.get(timeout=60) for _ in workers)
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert [(rank, hashed) for rank, _, hashed in results] == [(0, 1), (1, 0)]
+    assert results[0][1] == results[1][1] == load_vggt(source, layers=(0,)).fingerprint
