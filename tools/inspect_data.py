@@ -87,7 +87,7 @@ def inspect(config: TrainConfig, args: argparse.Namespace) -> str:
     )
     page = Page(
         f"Data of {args.config.name}",
-        f"{loader.mixture.length:,} samples, {loader.num_steps:,} optimizer steps of {loader.global_batch_size}; "
+        f"{loader.mixture.length:,} samples, {loader.num_steps:,} optimizer steps; "
         f"template {loader.lengths.encoder.template.family}, packs of at most {config.packing.max_tokens:,} tokens",
     )
     chosen = [n for n, name in enumerate(names) if args.source in (None, name)]
@@ -140,7 +140,7 @@ def add_packs(page: Any, loader: Any, num_packs: int) -> None:
     """Packs of the first step."""
     from spatialvlm.data.page import pack_bar
 
-    plan, _, _ = loader.plan(0, 0)
+    plan = next(loader.plans()).plan
     page.add(
         "<h2>Packs of the first step</h2><p class=note>Full colour: a shared prefix or a single sample; lighter: questions "
         "that branch from the prefix to their left. Hover for details.</p>"

@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,7 @@ def plan(config: TrainConfig, args: argparse.Namespace) -> dict[str, Any]:
     summary = PlanSummary(args.world, config.packing.align)
     started = time.perf_counter()
     shares: dict[str, dict[str, int]] = {}
-    for step in range(wanted):
-        steps_plan, draws, sizes = loader.plan(step * loader.global_batch_size, step)
+    for steps_plan, draws, sizes, _ in islice(loader.plans(), wanted):
         summary.add(steps_plan, draws, sizes, cost)
         for unit in ("samples", "tokens", "label_tokens", "patches"):
             own = shares.setdefault(unit, {})
@@ -100,7 +100,7 @@ def plan(config: TrainConfig, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "config": str(args.config),
         "world": args.world,
-        "global_batch_size": loader.global_batch_size,
+        "global_batch_size": summary.samples / max(summary.steps, 1),
         "max_branches": loader.mixture.branches,
         "warnings": list(loader.mixture.warnings),
         "steps_total": total,
@@ -135,7 +135,7 @@ def recipe_cost(config: TrainConfig, folder: Path) -> Any:
 def show(result: dict[str, Any]) -> None:
     """Print the summary."""
     print(f"{result['config']}: {result['positions']} samples, {result['steps_total']} optimizer steps of "
-          f"{result['global_batch_size']}, {result['world']} ranks")  # fmt: skip
+          f"{result['global_batch_size']:.0f} samples, {result['world']} ranks")  # fmt: skip
     for text in result["warnings"]:
         print(f"note: {text}")
     head = f"{'source':16} {'family':10} {'rows':>9} {'eligible':>9} {'drawn':>9}"

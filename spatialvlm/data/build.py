@@ -13,12 +13,13 @@ from spatialvlm.data.formats import SourceAttrs
 from spatialvlm.data.hooks import DrawMarks, ExpandFormat, SceneCheck
 from spatialvlm.data.index import SourceIndex, build_index
 from spatialvlm.data.lengths import LengthTable
-from spatialvlm.data.loader import StepLoader
+from spatialvlm.data.loader import StepComposition, StepLoader
 from spatialvlm.data.media.plan import MediaPolicy
 from spatialvlm.data.media.store import FrameCache, MediaStore
 from spatialvlm.data.mixture import Mixture, SourceRows, mixture_for_steps
 from spatialvlm.data.plan import PackingArgs
 from spatialvlm.data.prepare import SampleEncoder, SourceMedia
+from spatialvlm.data.record import data_record, write_record
 from spatialvlm.data.sample import CoordConvention, World
 from spatialvlm.data.sources import Source, check_sources
 from spatialvlm.data.template import ChatTemplate, load_processor
@@ -110,16 +111,21 @@ def build_data(
                 max_overlong=config.data.max_rejected_fraction,
             )
     mixture = build_mixture(config, encoder.indices, lengths, mode)
+    notes = [note for index in encoder.indices for note in index.source.notes]
+    for text in [*notes, *mixture.warnings]:
+        report(text)
+    if world.rank == 0:
+        record = data_record(encoder.indices, mixture, blocked_key)
+        write_record(Path(config.run.dir) / "data.json", mixture, record)
     return StepLoader(
         mixture,
         lengths,
         cost,
         world=world,
         packing=packing_args(config.packing, config.shared_prefix),
-        global_batch_size=config.step.global_batch_size,
+        composition=step_composition(config, world),
         loss_weighting=config.data.loss_weighting,
         align=config.packing.align,
-        tail=config.data.tail,
         num_workers=num_workers(config.loader, world),
         prefetch_steps=config.loader.prefetch_steps,
         prefetch_mb=config.loader.prefetch_mb,
@@ -384,6 +390,38 @@ def build_mixture(
         of=length.of,
         samples=samples,
         mode=mode,
+    )
+
+
+def step_composition(config: TrainConfig, world: World) -> StepComposition:
+    """What one optimizer step consumes.
+
+    Raises:
+        ConfigError: Fewer samples or packs per step than ranks.
+    """
+    step, shared = config.step, config.shared_prefix
+    if step.unit == "samples" and step.global_batch_size < world.size:
+        raise ConfigError(
+            f"step.global_batch_size={step.global_batch_size} is below the {world.size} ranks; every rank needs a sample"
+        )
+    if step.packs_per_step is not None and step.packs_per_step % world.size:
+        raise ConfigError(
+            f"step.packs_per_step={step.packs_per_step} is no multiple of the {world.size} ranks"
+        )
+    media = shared.min_media_per_step
+    if not shared.enabled:
+        media = 1
+    elif media == "auto":
+        media = -(-step.global_batch_size // shared.max_branches)
+    return StepComposition(
+        global_batch_size=step.global_batch_size,
+        unit=step.unit,
+        tail=config.data.tail,
+        lookahead=step.lookahead,
+        packs_per_step=step.packs_per_step,
+        steps=config.data.length.steps,
+        min_media=media,
+        strict_diversity=shared.diversity == "strict",
     )
 
 

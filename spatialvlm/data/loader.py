@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -14,7 +17,7 @@ import torch
 from spatialvlm.data.collate import LossWeighting, Prepared, collate, denominator
 from spatialvlm.data.faults import LOAD_REASONS, Quarantine, fits_plan, replacement
 from spatialvlm.data.lengths import LengthTable
-from spatialvlm.data.plan import PackingArgs, plan_step
+from spatialvlm.data.plan import PackingArgs, distinct_media, plan_step, split_window
 from spatialvlm.data.prefix import common_prefix
 from spatialvlm.data.prepare import SampleEncoder, check_length
 from spatialvlm.data.sample import LENGTH_DTYPE, Draw, PackPlan, Sample, Shares, StepPlan, World
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from spatialvlm.typing import IntArray
 
 STATE_VERSION = 1
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +224,35 @@ class PackBuilder:
         return prepared
 
 
+@dataclass(frozen=True, slots=True)
+class StepComposition:
+    """What one optimizer step consumes.
+
+    ``unit: samples``: ``global_batch_size`` samples, whatever the number of ranks; the last incomplete step
+    is dropped or filled by drawing on (``tail``). ``unit: packs``: ``packs_per_step`` packs out of windows of
+    ``lookahead`` samples. ``steps`` fixes the number of steps. A step should hold ``min_media`` distinct media.
+    """
+
+    global_batch_size: int
+    unit: Literal["samples", "packs"] = "samples"
+    tail: Literal["drop", "pad"] = "drop"
+    lookahead: int = 1024
+    packs_per_step: int | None = None
+    steps: int | None = None
+    min_media: int = 1
+    strict_diversity: bool = False
+
+
+class PlannedStep(NamedTuple):
+    """A planned step and where the order goes on behind it."""
+
+    plan: StepPlan
+    draws: DrawArray
+    sizes: LengthArray
+    after: tuple[int, int]
+    """Position, and number of the next step inside its window."""
+
+
 class StepLoader:
     """Yields :class:`StepBatches` from the position of its state to the end of the order.
 
@@ -228,10 +262,9 @@ class StepLoader:
         cost: FLOPs coefficients that balance the ranks.
         world: Rank and number of ranks.
         packing: Limits of packs and groups.
-        global_batch_size: Samples per step over all ranks.
+        composition: What one step consumes.
         loss_weighting: See :func:`~spatialvlm.data.collate.token_weight`.
         align: Packs are padded to a multiple of this.
-        tail: The last incomplete step is dropped, or filled by drawing on.
         num_workers: Processes that build packs; 0 = in this process.
         prefetch_steps: Steps that are built ahead.
         prefetch_mb: Memory of finished packs that wait.
@@ -251,10 +284,9 @@ class StepLoader:
         *,
         world: World,
         packing: PackingArgs,
-        global_batch_size: int,
+        composition: StepComposition,
         loss_weighting: LossWeighting = "token",
         align: int = 1,
-        tail: Literal["drop", "pad"] = "drop",
         num_workers: int = 0,
         prefetch_steps: int = 1,
         prefetch_mb: int = 2048,
@@ -264,9 +296,8 @@ class StepLoader:
     ) -> None:
         self.mixture, self.lengths, self.cost = mixture, lengths, cost
         self.world, self.packing = world, packing
-        self.global_batch_size = global_batch_size
+        self.composition = composition
         self.loss_weighting: LossWeighting = loss_weighting
-        self.tail = tail
         self.prefetch_steps = prefetch_steps
         self.quarantine = quarantine
         self.builder = PackBuilder(lengths.encoder, mixture, loss_weighting, align)
@@ -279,7 +310,8 @@ class StepLoader:
                 timeout_s=timeout_s,
                 max_ready_bytes=prefetch_mb << 20,
             )
-        self._position, self._step = 0, 0
+        self._position, self._pack, self._step = 0, 0, 0
+        self._low_diversity = 0
         num_sources = len(lengths.encoder.indices)
         self._drawn = np.zeros(num_sources, np.int64)
         self._past_faults = np.zeros(num_sources, np.int64)
@@ -287,22 +319,69 @@ class StepLoader:
         if state:
             self._restore(state)
 
-    @property
+    @cached_property
     def num_steps(self) -> int:
-        """Optimizer steps of the whole run, those already done included."""
-        left = self.mixture.length - self._position
-        return self._step + (
-            -(-left // self.global_batch_size)
-            if self.tail == "pad"
-            else left // self.global_batch_size
-        )
+        """Optimizer steps of the whole run, those already done included.
 
-    def plan(self, position: int, step: int) -> tuple[StepPlan, DrawArray, LengthArray]:
-        """The plan of the step that starts at a position; equal on every rank."""
-        draws = self.mixture.draws(position, position + self.global_batch_size)
-        draws, sizes = self._usable(draws, step)
-        plan = plan_step(draws, sizes, self.cost, self.world.size, self.packing, step=step)
-        return plan, draws, sizes
+        With ``unit: packs`` and no fixed number this plans the whole order, which needs exact lengths.
+        """
+        wanted = self.composition
+        if wanted.steps is not None:
+            return wanted.steps
+        if wanted.unit == "packs":
+            return self._step + sum(1 for _ in self.plans())
+        left, size = self.mixture.length - self._position, wanted.global_batch_size
+        return self._step + (-(-left // size) if wanted.tail == "pad" else left // size)
+
+    def plans(self) -> Iterator[PlannedStep]:
+        """Plans from the current position to the end; equal on every rank, nothing is read but lengths."""
+        plans = (
+            self._plans_of_samples if self.composition.unit == "samples" else self._plans_of_packs
+        )
+        return plans()
+
+    def _plans_of_samples(self) -> Iterator[PlannedStep]:
+        position, size = self._position, self.composition.global_batch_size
+        for step in range(self._step, self.num_steps):
+            draws = self.mixture.draws(position, position + size)
+            draws, sizes = self._usable(draws, step)
+            plan = plan_step(draws, sizes, self.cost, self.world.size, self.packing, step=step)
+            position += size
+            self._check_diversity(step, sizes)
+            yield PlannedStep(plan, draws, sizes, (position, 0))
+
+    def _plans_of_packs(self) -> Iterator[PlannedStep]:
+        """Windows of draws are packed together; their packs are consumed a few at a time."""
+        wanted, position, pack, step = self.composition, self._position, self._pack, self._step
+        assert wanted.packs_per_step is not None, "unit packs has a number of packs"
+        end = None if wanted.steps is not None else self.mixture.length
+        while step < wanted.steps if wanted.steps is not None else position < self.mixture.length:
+            stop = position + wanted.lookahead
+            draws = self.mixture.draws(position, stop if end is None else min(stop, end))
+            draws, sizes = self._usable(draws, step)
+            window = plan_step(draws, sizes, self.cost, wanted.packs_per_step, self.packing)
+            parts = split_window(window, draws, sizes, self.world.size, step - pack)
+            for number, (plan, mask) in list(enumerate(parts))[pack:]:
+                if wanted.steps is not None and step >= wanted.steps:
+                    return
+                step += 1
+                after = (position, number + 1) if number + 1 < len(parts) else (stop, 0)
+                yield PlannedStep(plan, draws[mask], sizes[mask], after)
+            position, pack = stop, 0
+
+    def _check_diversity(self, step: int, sizes: LengthArray) -> None:
+        found, wanted = distinct_media(sizes), self.composition.min_media
+        if found >= wanted:
+            return
+        text = (
+            f"step {step} holds {found} distinct media, shared_prefix.min_media_per_step asks for {wanted}; lower "
+            "shared_prefix.max_branches or raise step.global_batch_size"
+        )
+        if self.composition.strict_diversity:
+            raise DataError(text, reason="diversity")
+        self._low_diversity += 1
+        if self._low_diversity == 1:
+            logger.warning("%s (said once, further steps are counted)", text)
 
     def _usable(self, draws: DrawArray, step: int) -> tuple[DrawArray, LengthArray]:
         """Lengths of the draws; a unit that turns out to be unusable gives way to the next of its lane."""
@@ -346,18 +425,20 @@ class StepLoader:
 
     def __iter__(self) -> Iterator[StepBatches]:
         pending: deque[_Pending] = deque()
-        position, step, last = self._position, self._step, self.num_steps
+        plans = self.plans()
+        ahead = self.prefetch_steps if self.pool else 0
         try:
             while True:
                 asked = time.perf_counter()
-                while step < last and len(pending) <= (self.prefetch_steps if self.pool else 0):
-                    pending.append(self._submit(position, step))
-                    position, step = position + self.global_batch_size, step + 1
+                pending.extend(
+                    self._submit(planned) for planned in islice(plans, 1 + ahead - len(pending))
+                )
                 if not pending:
                     return
+                after = pending[0].after
                 ready = self._collect(pending.popleft(), asked)
                 self._check_budget(ready)
-                self._position = ready.plan.positions.stop
+                self._position, self._pack = after
                 self._step = ready.plan.step + 1
                 yield ready
         finally:
@@ -368,6 +449,7 @@ class StepLoader:
         return {
             "version": STATE_VERSION,
             "position": self._position,
+            "pack": self._pack,
             "step": self._step,
             "order": self.mixture.fingerprint,
             "parts": dict(self.mixture.parts),
@@ -390,6 +472,7 @@ class StepLoader:
         if state["order"] != self.mixture.fingerprint:
             self.mixture.check_state(state["parts"])
         self._position, self._step = int(state["position"]), int(state["step"])
+        self._pack = int(state["pack"])
         if len(state["drawn"]) == len(self._drawn):
             self._drawn += np.array(state["drawn"], np.int64)
             self._past_faults += np.array(state["faults"], np.int64)
@@ -408,8 +491,8 @@ class StepLoader:
         if self.quarantine is not None:
             self.quarantine.check(self._faults(), self._drawn)
 
-    def _submit(self, position: int, step: int) -> _Pending:
-        plan, draws, sizes = self.plan(position, step)
+    def _submit(self, step: PlannedStep) -> _Pending:
+        plan, draws, sizes, after = step
         planned = dict(zip(draws["position"].tolist(), sizes["tokens"].tolist(), strict=True))
         own = [packs[self.world.rank] for packs in plan.packs]
         tasks = [
@@ -417,7 +500,7 @@ class StepLoader:
             for pack, flags in zip(own, plan.flags, strict=True)
         ]
         tickets = [self.pool.submit(task) for task in tasks] if self.pool else []
-        return _Pending(plan, self.shares(draws, sizes), tasks, tickets)
+        return _Pending(plan, self.shares(draws, sizes), tasks, tickets, after)
 
     def _collect(self, pending: _Pending, asked: float) -> StepBatches:
         if self.pool:
@@ -475,6 +558,7 @@ class _Pending:
     shares: Shares
     tasks: Sequence[PackTask]
     tickets: Sequence[int]
+    after: tuple[int, int]
 
 
 def _work(builder: PackBuilder, task: PackTask, report: Report) -> tuple[dict[str, Any], Any, Any]:

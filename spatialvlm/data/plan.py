@@ -19,6 +19,8 @@ from spatialvlm.errors import ConfigError, DataError
 from spatialvlm.typing import CostCoefficients, ModalityFlags
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from spatialvlm.data.sample import DrawArray, LengthArray
 
 
@@ -265,6 +267,37 @@ def _flags(lengths: LengthArray, *, boundary: bool) -> ModalityFlags:
     )
 
 
+def split_window(
+    window: StepPlan, draws: DrawArray, lengths: LengthArray, world: int, first_step: int
+) -> list[tuple[StepPlan, npt.NDArray[np.bool_]]]:
+    """Cut the plan of many draws, made for ``packs_per_step`` ranks, into optimizer steps.
+
+    Args:
+        window: Its micro-steps become steps.
+        draws: The window's draws.
+        lengths: One record per draw.
+        world: Number of ranks, a divisor of ``packs_per_step``.
+        first_step: Number of the first step.
+
+    Returns:
+        Per step its plan, and which draws it holds.
+    """
+    place = {int(position): at for at, position in enumerate(draws["position"])}
+    out = []
+    for number, packs in enumerate(window.packs):
+        micro_steps, flags = [], []
+        mask = np.zeros(len(draws), np.bool_)
+        for start in range(0, len(packs), world):
+            turn = packs[start : start + world]
+            members = [place[draw.position] for pack in turn for draw in pack.draws]
+            mask[members] = True
+            micro_steps.append(turn)
+            flags.append(_flags(lengths[members], boundary=start + world >= len(packs)))
+        plan = StepPlan(first_step + number, window.positions, tuple(micro_steps), tuple(flags))
+        out.append((plan, mask))
+    return out
+
+
 def imbalance(plan: StepPlan) -> float:
     """Mean over micro-steps of (largest pack cost / mean pack cost) - 1."""
     ratios = []
@@ -273,3 +306,9 @@ def imbalance(plan: StepPlan) -> float:
         if any(costs):
             ratios.append(max(costs) * len(costs) / sum(costs) - 1)
     return float(np.mean(ratios)) if ratios else 0.0
+
+
+def distinct_media(sizes: LengthArray) -> int:
+    """Distinct media lists of a step; samples without media count one each."""
+    keys = sizes["media_key"][sizes["tokens"] > 0]
+    return int(len(np.unique(keys[keys > 0])) + np.sum(keys == 0))

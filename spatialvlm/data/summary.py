@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatialvlm.data.plan import PackingArgs, imbalance, make_items
+from spatialvlm.data.plan import PackingArgs, distinct_media, imbalance, make_items
 from spatialvlm.data.sample import StepPlan
 from spatialvlm.typing import CostCoefficients
 
@@ -133,12 +133,6 @@ class PlanSummary:
             "flops_separate": self.separate_flops,
             "flops_saved": self.separate_flops / self.flops if self.flops else 1.0,
         }
-
-
-def distinct_media(sizes: LengthArray) -> int:
-    """Distinct media lists of a step; samples without media count one each."""
-    keys = sizes["media_key"][sizes["tokens"] > 0]
-    return int(len(np.unique(keys[keys > 0])) + np.sum(keys == 0))
 
 
 def histogram(values: Sequence[int] | Any, num_bins: int = 30) -> list[tuple[int, int, int]]:

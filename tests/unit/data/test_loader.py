@@ -8,7 +8,7 @@ import torch
 
 from spatialvlm.data.build import build_data
 from spatialvlm.data.sample import World
-from spatialvlm.errors import DataError, StateError
+from spatialvlm.errors import ConfigError, DataError, StateError
 from spatialvlm.models.build import build_layout
 from spatialvlm.typing import CostCoefficients
 
@@ -258,3 +258,88 @@ def test_answers_that_cycle_are_planned_with_the_length_of_their_epoch(
     assert uids(first) == uids(second)
     assert second.label_tokens > first.label_tokens
     assert second.denominator_local == second.label_tokens
+
+
+def test_what_a_run_is_trained_on_is_recorded(tiny_checkpoint, toy_config, tmp_path):
+    said = []
+    config = toy_config(
+        source_options={"repeat": 0}, data={"families": {"spatial": 0, "general": 1}}
+    )
+    loader = build(
+        config,
+        tiny_checkpoint("qwen3vl"),
+        blocked=lambda text: () if "g.png" in text else None,
+        blocked_key="lists",
+        report=said.append,
+    )
+    (record,) = json.loads((tmp_path / "data.json").read_text()).values()
+    assert record["order"] == loader.mixture.parts
+    assert record["block_lists"] == "lists"
+    general = record["sources"]["ge"]
+    assert (general["rows"], general["drawn_from"], general["distinct_media"]) == (14, 14, 1)
+    assert (general["without_known_scene"], general["blocked"]) == (0, {})
+    assert record["sources"]["sp"]["without_known_scene"] == 30
+    assert record["warnings"] == ["never drawn because their weight is 0: sp"]
+    assert record["warnings"][0] in said
+
+
+PACKS = {"unit": "packs", "lookahead": 20, "packs_per_step": 2, "global_batch_size": 12}
+
+
+def test_steps_of_packs(tiny_checkpoint, toy_config):
+    """Windows of 20 draws are packed together and consumed two packs at a time."""
+    folder, config = tiny_checkpoint("qwen3vl"), toy_config(step=PACKS, packing={"max_tokens": 300})
+    loader = build(config, folder)
+    steps = list(loader)
+    assert len(steps) == loader.num_steps > 5
+    assert all(len(step.batches) == 2 for step in steps)
+    assert sum(len(uids(step)) for step in steps) == 60  # every draw of the epoch, once
+    assert [step.plan.step for step in steps] == list(range(len(steps)))
+    assert all(step.plan.flags[-1].boundary and not step.plan.flags[0].boundary for step in steps)
+    two = [build(config, folder, World(rank, 2)) for rank in range(2)]
+    for step, *parts in zip(steps, *two, strict=True):
+        assert uids(step) == sorted(uid for part in parts for uid in uids(part))
+
+
+def test_resume_inside_a_window(tiny_checkpoint, toy_config):
+    folder, config = tiny_checkpoint("qwen3vl"), toy_config(step=PACKS, packing={"max_tokens": 300})
+    loader = build(config, folder)
+    whole, states = [], []
+    for step in loader:
+        whole.append(step)
+        states.append(loader.state_dict())
+    assert any(state["pack"] for state in states)
+    for done, state in enumerate(states):
+        rest = build(config, folder, state=state)
+        assert rest.num_steps == len(whole)
+        for a, b in zip(rest, whole[done + 1 :], strict=True):
+            assert a.plan == b.plan
+            for x, y in zip(a.batches, b.batches, strict=True):
+                equal(x, y)
+
+
+def test_fixed_number_of_steps(tiny_checkpoint, toy_config):
+    folder = tiny_checkpoint("qwen3vl")
+    for step in ({"global_batch_size": 12}, PACKS):
+        config = toy_config(step=step, data={"length": {"steps": 9}}, packing={"max_tokens": 400})
+        assert [s.plan.step for s in build(config, folder)] == list(range(9))
+
+
+def test_too_few_for_the_ranks(tiny_checkpoint, toy_config):
+    folder = tiny_checkpoint("qwen3vl")
+    with pytest.raises(ConfigError, match="global_batch_size=12 is below the 13 ranks"):
+        build(toy_config(), folder, World(0, 13))
+    with pytest.raises(ConfigError, match="packs_per_step=2 is no multiple of the 3 ranks"):
+        build(toy_config(step=PACKS), folder, World(0, 3))
+
+
+def test_diversity(tiny_checkpoint, toy_config, caplog):
+    folder = tiny_checkpoint("qwen3vl")
+    fewer = {"max_branches": 4, "min_media_per_step": 11}
+    loader = build(toy_config(shared_prefix=fewer), folder)
+    assert loader.mixture.branches == 1  # only rows drawn singly promise that many
+    assert "groups hold at most 1" in loader.mixture.warnings[-1]
+    list(loader)
+    assert "distinct media, shared_prefix.min_media_per_step asks for 11" in caplog.text
+    with pytest.raises(DataError, match=r"step \d+ holds \d+ distinct media"):
+        list(build(toy_config(shared_prefix={**fewer, "diversity": "strict"}), folder))
