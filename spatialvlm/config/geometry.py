@@ -46,8 +46,6 @@ class FeatureCacheConfig(Section):
     """Folder of the cache; ``None`` = off."""
     dtype: Literal["bf16", "fp32", "fp8"] = "bf16"
     """Stored precision."""
-    media: Literal["frames", "file"] = "frames"
-    """Identity by decoded frames, or by file and frame indices (no decoding needed)."""
     verify_every: PositiveInt = 1000
     """Every so many hits one is recomputed and compared."""
     lru_items: NonNegativeInt = 4
