@@ -5,6 +5,10 @@ r"""Render procedural rooms with exact boxes, depth, instance maps and visibilit
 
 Room ``i`` has seed ``--seed + i`` and goes to ``<out>/<split>-<seed>/{scene.json, rgb, instance, depth}``.
 The files do not depend on the number of workers. A second run skips finished rooms.
+
+Presets: ``realistic`` furnished rooms, ``small`` few large objects for small images, ``turntable`` one piece
+from 48 sides, ``blocks`` stacks of cubes (these two have their own number of frames). ``--twins 0.2`` adds
+counterfactual twins (one object moved, removed, or everything mirrored) to a fifth of the rooms.
 """
 
 import argparse
@@ -12,11 +16,13 @@ import multiprocessing
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from spatialvlm.errors import SpatialVLMError
+from spatialvlm.scenes.rooms.appearance import rng_for
 from spatialvlm.scenes.rooms.build import RenderConfig, RoomSpec, is_written, write_room
 
 Job = tuple[RoomSpec, Path, RenderConfig]
@@ -32,11 +38,14 @@ def parse_arguments() -> argparse.Namespace:
         "--frames", type=int, default=8, help="frames per room, half a second apart"
     )
     parser.add_argument("--size", type=int, default=336, help="width and height in pixels")
-    parser.add_argument("--preset", choices=("realistic", "small"), default="realistic")
+    parser.add_argument(
+        "--preset", choices=("realistic", "small", "turntable", "blocks"), default="realistic"
+    )
     parser.add_argument("--split", choices=("train", "val", "test"), default="train")
     parser.add_argument("--grammar", help="only this layout grammar of the split")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first room")
     parser.add_argument("--ssaa", type=int, default=2, help="colour samples per pixel side")
+    parser.add_argument("--twins", type=float, default=0.0, help="share of rooms that get a twin")
     parser.add_argument("--no-depth", action="store_true", help="do not store depth images")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
@@ -46,6 +55,10 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     if not 0 <= arguments.seed <= 10_000_000 - arguments.num:
         parser.error(f"--seed must lie in 0..9999999 for every room, got {arguments.seed}")
+    if not 0 <= arguments.twins <= 1 or (
+        arguments.twins and arguments.preset not in ("realistic", "small")
+    ):
+        parser.error("--twins is a share between 0 and 1 and needs the preset realistic or small")
     return arguments
 
 
@@ -72,6 +85,11 @@ def main() -> int:
     specs = [
         RoomSpec(arguments.seed + i, arguments.split, arguments.preset, arguments.grammar)
         for i in range(arguments.num)
+    ]
+    specs += [
+        replace(spec, twin=1)
+        for spec in specs
+        if rng_for("has twin", spec.split, spec.preset, spec.seed).random() < arguments.twins
     ]
     arguments.out.mkdir(parents=True, exist_ok=True)
     jobs = [

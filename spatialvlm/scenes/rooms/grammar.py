@@ -14,7 +14,7 @@ from spatialvlm.scenes.rooms.appearance import SATURATED, Split
 from spatialvlm.scenes.rooms.archetypes import ARCHETYPES, draw_piece
 from spatialvlm.scenes.rooms.placement import Opening, Placed, Placer, Rect, Shell
 
-Preset = Literal["realistic", "small"]
+Preset = Literal["realistic", "small", "turntable", "blocks"]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float
 from numpy.random import Generator
 
 from spatialvlm.scenes.boxes import CORNER_SIGNS, Box
-from spatialvlm.scenes.rooms.archetypes import Part, Piece
+from spatialvlm.scenes.rooms.archetypes import Piece
+from spatialvlm.scenes.rooms.sketch import Part
 from spatialvlm.scenes.transforms import Array, rz
 
 CLEARANCE_M = 0.05
@@ -118,6 +119,8 @@ class Placed:
     """Height of its underside."""
     yaw: float
     parent: int | None = None
+    name: str = ""
+    """Unique id in the room, the same in its twins."""
 
     @property
     def label(self) -> str:
@@ -250,10 +253,21 @@ class Placer:
             grow = self.clearance if parent is None else 0.02
             if len(rows) and overlaps(center, axes, half + grow, rows[:, :6]).any():
                 return None
-        self.placed.append(Placed(piece, float(x), float(y), float(z), float(yaw), parent))
+        number = 1 + sum(p.label == piece.label for p in self.placed)
+        name = f"{piece.label.replace(' ', '_')}_{number}"
+        self.placed.append(Placed(piece, float(x), float(y), float(z), float(yaw), parent, name))
         if not flat and parent is None:
             self._rows.append((x, y, c, s, *half, z, z + piece.size[2]))
         return len(self.placed) - 1
+
+    def restore(self, placed: list[Placed]) -> None:
+        """Take over furniture that is known to fit."""
+        for item in placed:
+            self.placed.append(item)
+            if item.parent is None and item.label != "rug":
+                c, s = np.cos(item.yaw), np.sin(item.yaw)
+                half, top = item.piece.size[:2] / 2, item.z + item.piece.size[2]
+                self._rows.append((item.x, item.y, c, s, *half, item.z, top))
 
     def _cuts_inner_corner(self, center: Array, axes: Array, half: Array) -> bool:
         """Whether the rectangle reaches outside across a corner of the plan or a thin leg of it."""
