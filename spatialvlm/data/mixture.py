@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -107,6 +107,10 @@ class Lane:
         return self.units.array
 
 
+_ROWS_AT_ONCE = 1 << 20
+"""Rows that are grouped together, to bound the memory of large sources."""
+
+
 def cut_units(prefix_key: npt.NDArray[np.uint64], rows: IntArray, size: int) -> dict[int, IntArray]:
     """Cut rows with equal keys into units of ``size``, ``size / 2``, ..., 1 rows.
 
@@ -121,27 +125,39 @@ def cut_units(prefix_key: npt.NDArray[np.uint64], rows: IntArray, size: int) -> 
     keys = prefix_key[rows]
     single = keys == 0 if size > 1 else np.ones(len(rows), np.bool_)
     found: dict[int, list[IntArray]] = {1: [rows[single][:, None]]}
-    order = np.argsort(keys[~single], kind="stable")
-    shared, shared_keys = rows[~single][order], keys[~single][order]
-    if len(shared):
-        starts = np.flatnonzero(np.r_[True, shared_keys[1:] != shared_keys[:-1]])
-        counts = np.diff(np.r_[starts, len(shared)])
-        rank = np.arange(len(shared)) - np.repeat(starts, counts)
-        total = np.repeat(counts, counts)
-        done = np.zeros(len(shared), np.int64)  # rows of the group in larger pieces
-        k = size
-        while k:
-            pieces = (total - done) // k
-            inside = (rank >= done) & (rank < done + pieces * k)
-            found.setdefault(k, []).append(shared[inside].reshape(-1, k))
-            done += pieces * k
-            k //= 2
+    parts = 1 + len(rows) // _ROWS_AT_ONCE
+    for part in range(parts):
+        mine = np.flatnonzero(~single & (keys % np.uint64(parts) == part))
+        for k, pieces in _cut_groups(rows[mine], keys[mine], size):
+            found.setdefault(k, []).append(pieces)
     units: dict[int, IntArray] = {}
     for k, pieces_of_k in found.items():
         joined = np.concatenate(pieces_of_k)
         if len(joined):
             units[k] = joined[np.argsort(joined[:, 0], kind="stable")]
     return units
+
+
+def _cut_groups(
+    rows: IntArray, keys: npt.NDArray[np.uint64], size: int
+) -> Iterator[tuple[int, IntArray]]:
+    """Pieces ``[n, k]`` of rows with equal keys, for k = ``size``, ``size / 2``, ..., 1."""
+    if not len(rows):
+        return
+    order = np.argsort(keys, kind="stable")
+    rows, keys = rows[order], keys[order]
+    starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
+    counts = np.diff(np.r_[starts, len(rows)])
+    rank = np.arange(len(rows)) - np.repeat(starts, counts)
+    total = np.repeat(counts, counts)
+    done = np.zeros(len(rows), np.int64)  # rows of the group in larger pieces
+    k = size
+    while k:
+        pieces = (total - done) // k
+        inside = (rank >= done) & (rank < done + pieces * k)
+        yield k, rows[inside].reshape(-1, k)
+        done += pieces * k
+        k //= 2
 
 
 @dataclass(frozen=True, slots=True)

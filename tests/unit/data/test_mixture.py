@@ -33,6 +33,15 @@ def test_rows_on_the_same_media_are_cut_into_powers_of_two():
     assert {k: v.tolist() for k, v in cut.items()} == {2: [[0, 2], [1, 4]], 1: [[3], [5], [6]]}
 
 
+def test_large_sources_are_cut_in_parts_with_the_same_result(monkeypatch):
+    keys = np.random.default_rng(0).integers(0, 60, 500).astype(np.uint64)
+    whole = cut_units(keys, np.arange(500), 8)
+    monkeypatch.setattr("spatialvlm.data.mixture._ROWS_AT_ONCE", 64)
+    parts = cut_units(keys, np.arange(500), 8)
+    assert whole.keys() == parts.keys()
+    assert all(np.array_equal(whole[k], parts[k]) for k in whole)
+
+
 def test_one_to_one_and_three_to_one():
     sources = [rows("s"), rows("g", "general")]
     order = Mixture(sources, {"spatial": 1, "general": 1}, samples=8)
