@@ -1,7 +1,7 @@
 """Time and memory of the geometry branch at 1, 8 and 32 frames, with random weights.
 
     python benchmarks/geometry.py                       # mid-size aggregator, CPU, under two minutes
-    python benchmarks/geometry.py --size full           # VGGT-1B and Qwen2.5-VL-7B sizes; needs a GPU
+    python benchmarks/geometry.py --size full           # VGGT-1B and Qwen2.5-VL-7B sizes; without a GPU only memory
     python benchmarks/geometry.py --json benchmarks/results/geometry_cpu.json
 
 Encoder: uint8 frames to one layer of features. Fusion: features to spatial tokens, forward and backward. Peak is the
@@ -118,6 +118,19 @@ def fake_encoder_peak(config: VggtConfig, shape: tuple[int, ...], precision: str
     return memory.peak
 
 
+def plan(size: str, precision: str) -> list[dict[str, float]]:
+    """Work and memory of the encoder without running it."""
+    config, (height, width), _ = SIZES[size]
+    pairs = config.depth - 1
+    rows = []
+    for frames in FRAMES:
+        peak = fake_encoder_peak(config, (frames, 3, height, width), precision)
+        work = tera_flop(config, frames, height, width, pairs)
+        rows.append({"frames": frames, "tflop": round(work, 3), "peak_gb": round(peak / 1e9, 3)})
+        print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    return rows
+
+
 def measure(size: str, device: str, precision: str, repeats: int) -> list[dict[str, float]]:
     """One row per number of frames."""
     config, (height, width), (vision_dim, text_dim) = SIZES[size]
@@ -198,7 +211,12 @@ def main() -> None:
     precision = args.precision or ("bf16" if device == "cuda" else "fp32")
     config, size, dims = SIZES[args.size]
     print(f"{args.size} aggregator {config}, frames of {size}, {device}, {precision}")
-    rows = measure(args.size, device, precision, args.repeats)
+    computes = device == "cuda" or args.size != "full"
+    rows = (
+        measure(args.size, device, precision, args.repeats)
+        if computes
+        else plan(args.size, precision)
+    )
     if args.json:
         commit = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
@@ -215,7 +233,7 @@ def main() -> None:
             },
             "precision": precision,
             "clock": "wall" if device == "cuda" else "CPU seconds",
-            "hardware": hardware(device),
+            "hardware": hardware(device) if computes else "none: counted on fake tensors",
             "torch": torch.__version__,
             "commit": commit,
             "rows": rows,
