@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from spatialvlm.data.media.plan import MediaInfo
 from spatialvlm.data.sample import EncodedSample, Sample
 from spatialvlm.data.template import ChatTemplate, TextPiece
 from spatialvlm.errors import DataError
-from spatialvlm.sequence.layout import MediaItem, TokenLayout
+from spatialvlm.sequence.layout import Expanded, MediaItem, TokenLayout
 from spatialvlm.typing import (
     IGNORE_INDEX,
     KIND_CAMERA,
@@ -87,6 +87,7 @@ def encode(
     layout: TokenLayout,
     *,
     train_on: Literal["all", "last"] = "all",
+    heads: HeadCache | None = None,
 ) -> EncodedSample:
     """Lay out one sample, whatever its length.
 
@@ -96,12 +97,13 @@ def encode(
         template: Of the checkpoint.
         layout: Of the run.
         train_on: Which assistant turns are supervised.
+        heads: Remembers beginnings that several samples share.
 
     Raises:
         DataError: A media token would be supervised, or nothing would be.
     """
     return _assemble(
-        sample, media, template.pieces(sample.turns, train_on=train_on), template, layout
+        sample, media, template.pieces(sample.turns, train_on=train_on), template, layout, heads
     )
 
 
@@ -109,7 +111,7 @@ def encode_prompt(
     sample: Sample, media: Sequence[MediaInfo], template: ChatTemplate, layout: TokenLayout
 ) -> EncodedSample:
     """The same up to the header of the last answer, without labels."""
-    return _assemble(sample, media, template.prompt(sample.turns), template, layout)
+    return _assemble(sample, media, template.prompt(sample.turns), template, layout, None)
 
 
 def fit(
@@ -120,13 +122,14 @@ def fit(
     policy: OverlongPolicy,
     *,
     train_on: Literal["all", "last"] = "all",
+    heads: HeadCache | None = None,
 ) -> Fitted:
     """Encode, and apply the policy when the sample is too long.
 
     Raises:
         DataError: Reason ``overlong`` when the policy finds nothing to remove.
     """
-    encoded = encode(sample, media, template, layout, train_on=train_on)
+    encoded = encode(sample, media, template, layout, train_on=train_on, heads=heads)
     length = len(encoded.input_ids)
     if length <= policy.max_length:
         return Fitted(encoded, tuple(media), "kept", 0)
@@ -156,12 +159,33 @@ def fit(
     )
 
 
+class HeadCache:
+    """Expanded beginnings of samples, up to the end of their last medium.
+
+    Questions about the same media stand next to each other in files and in groups and share their
+    beginning, so laying it out once saves most of the work.
+    """
+
+    def __init__(self, size: int = 64) -> None:
+        self.size = size
+        self._heads: dict[Any, Expanded] = {}
+
+    def get(self, key: Any, expand: Callable[[], Expanded]) -> Expanded:
+        """The head of a key, computed on a miss."""
+        if key not in self._heads:
+            if len(self._heads) >= self.size:
+                self._heads.pop(next(iter(self._heads)))
+            self._heads[key] = expand()
+        return self._heads[key]
+
+
 def _assemble(
     sample: Sample,
     media: Sequence[MediaInfo],
     pieces: Sequence[TextPiece | int],
     template: ChatTemplate,
     layout: TokenLayout,
+    heads: HeadCache | None,
 ) -> EncodedSample:
     assert len(media) == len(sample.media), (
         f"{sample.uid}: {len(media)} headers for {len(sample.media)} media"
@@ -171,31 +195,48 @@ def _assemble(
         MediaItem(info.ref.kind, info.grid, info.times_s, info.second_per_grid_t, group)
         for info, group in zip(media, groups, strict=True)
     ]
-    tagged = [
-        items[piece] if isinstance(piece, int) else piece.ids + _SUPERVISED * piece.supervised
-        for piece in pieces
-    ]
-    expanded = layout.expand(tagged, template.encode)
-    supervised = expanded.input_ids >= _SUPERVISED
-    ids = np.where(supervised, expanded.input_ids - _SUPERVISED, expanded.input_ids)
+    head, tail = _split_head(pieces, template.media_end_ids)
+    body = np.concatenate([piece.ids + _SUPERVISED * piece.supervised for piece in tail])
+    if head:
+        key = tuple(
+            items[p] if isinstance(p, int) else (p.ids.tobytes(), p.supervised) for p in head
+        )
+        known = (heads or HeadCache(1)).get(
+            key, lambda: _expand_head(head, items, template, layout)
+        )
+    else:
+        known = Expanded(
+            body[:0], np.zeros(0, np.uint8), np.zeros((layout.num_position_rows, 1), np.int64)
+        )
+    # the head's last position is the one of the token behind it; text goes on from there in all rows
+    first, begin = len(known.input_ids), known.position_ids[:, -1:]
+    ids = np.concatenate([known.input_ids, body])
+    kind = np.zeros(len(ids), np.uint8)
+    kind[:first] = known.token_kind
+    positions = np.empty((len(begin), len(ids)), np.int64)
+    positions[:, :first] = known.position_ids[:, :-1]
+    positions[:, first:] = begin + np.arange(len(body))
+    supervised = ids >= _SUPERVISED
+    ids[supervised] -= _SUPERVISED
     labels = np.where(supervised, ids, IGNORE_INDEX)
-    kind = expanded.token_kind
+    counts = np.bincount(kind[:first], minlength=KIND_CAMERA + 1)
     if np.any(kind[supervised] != KIND_TEXT):
         raise DataError(f"{sample.uid}: a media token would be supervised")
-    counts = np.bincount(kind, minlength=KIND_CAMERA + 1)
     visual = int(counts[KIND_IMAGE] + counts[KIND_VIDEO])
-    expected = [layout.count(item) for item in items]
-    if visual != sum(v for v, _ in expected):
+    expected = sum(layout.count(item)[0] for item in items)
+    if visual != expected:
         raise DataError(
-            f"{sample.uid}: {visual} visual tokens in the sequence, but its media give {sum(v for v, _ in expected)}"
+            f"{sample.uid}: {visual} visual tokens in the sequence, but its media give {expected}"
         )
+    answer = int(np.argmax(supervised)) if supervised.any() else len(ids)
     return EncodedSample(
         input_ids=ids,
         labels=labels,
         token_kind=kind,
-        position_ids=expanded.position_ids,
+        position_ids=positions,
         grids=tuple(info.grid for info in media),
-        prefix_len=_media_end(ids, kind, supervised, template.media_end_ids) if media else 0,
+        # the predictor of the first answer token has to lie in the branch
+        prefix_len=min(first, answer - 1) if first <= answer else 0,
         num_label_tokens=int(supervised.sum()),
         num_patches=sum(info.num_patches for info in media),
         num_visual_tokens=visual,
@@ -205,13 +246,34 @@ def _assemble(
     )
 
 
-def _media_end(
-    ids: np.ndarray, kind: np.ndarray, supervised: np.ndarray, end_ids: tuple[int, ...]
-) -> int:
-    """Tokens up to the end marker of the last medium; 0 when an answer comes before it."""
-    end = int(np.flatnonzero(kind != KIND_TEXT)[-1]) + 1
-    while end < len(ids) and ids[end] in end_ids:
-        end += 1
-    first_answer = int(np.argmax(supervised)) if supervised.any() else len(ids)
-    # The predictor of the first answer token has to lie in the branch.
-    return min(end, first_answer - 1) if end <= first_answer else 0
+def _split_head(
+    pieces: Sequence[TextPiece | int], end_ids: tuple[int, ...]
+) -> tuple[list[TextPiece | int], list[TextPiece]]:
+    """Pieces up to the end marker of the last medium, and the text behind it."""
+    last = max((n for n, piece in enumerate(pieces) if isinstance(piece, int)), default=-1)
+    tail = [piece for piece in pieces[last + 1 :] if isinstance(piece, TextPiece)]
+    if last < 0:
+        return [], tail
+    markers = 0
+    while markers < len(tail[0].ids) and tail[0].ids[markers] in end_ids:
+        markers += 1
+    head = list(pieces[: last + 1])
+    if markers:
+        head.append(TextPiece(tail[0].ids[:markers], supervised=False))
+        tail[0] = TextPiece(tail[0].ids[markers:], tail[0].supervised)
+    return head, tail
+
+
+def _expand_head(
+    head: Sequence[TextPiece | int],
+    items: Sequence[MediaItem],
+    template: ChatTemplate,
+    layout: TokenLayout,
+) -> Expanded:
+    """The head's tokens; its positions have one column more, for the text token that follows."""
+    tagged = [
+        items[piece] if isinstance(piece, int) else piece.ids + _SUPERVISED * piece.supervised
+        for piece in head
+    ]
+    expanded = layout.expand([*tagged, np.array([template.pad_id])], template.encode)
+    return Expanded(expanded.input_ids[:-1], expanded.token_kind[:-1], expanded.position_ids)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 from spatialvlm.data.collate import MediaPixels, Prepared
-from spatialvlm.data.encode import Fitted, OverlongPolicy, fit, geometry_groups
+from spatialvlm.data.encode import Fitted, HeadCache, OverlongPolicy, fit, geometry_groups
 from spatialvlm.data.formats.coords import ImageSizes, rewrite_coords
 from spatialvlm.data.hooks import DrawMarks, ExpandFormat
 from spatialvlm.data.media.plan import MediaInfo, MediaPolicy, plan_media
@@ -58,6 +58,7 @@ class SampleEncoder:
         draw_marks: Draws marks into a frame; None = rows with marks are an error.
         expand_format: Realises an instruction format; None = as written.
         coords: Convention that box numbers in the text are rewritten into; None = as written.
+        heads: Laid-out beginnings that neighbouring rows share.
     """
 
     indices: Sequence[SourceIndex]
@@ -70,6 +71,7 @@ class SampleEncoder:
     draw_marks: DrawMarks | None = None
     expand_format: ExpandFormat | None = None
     coords: CoordConvention | None = None
+    heads: HeadCache = field(default_factory=HeadCache, repr=False)
 
     def sample(self, source: int, row: int, epoch: int = 0) -> Sample:
         """The conversation of a row, in the wording of this epoch.
@@ -94,7 +96,13 @@ class SampleEncoder:
             sizes = [ImageSizes(info.header.size, info.size) for info in infos]
             sample, _ = rewrite_coords(sample, sizes, self.coords)
         fitted = fit(
-            sample, infos, self.template, self.layout, self.overlong, train_on=self.train_on
+            sample,
+            infos,
+            self.template,
+            self.layout,
+            self.overlong,
+            train_on=self.train_on,
+            heads=self.heads,
         )
         return sample, fitted
 

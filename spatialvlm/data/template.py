@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 FAMILY_OF_MODEL_TYPE = {"qwen2_5_vl": "qwen2_5vl", "qwen3_vl": "qwen3vl", "internvl": "internvl3"}
 
+_SHORT = 10
+"""Headers and line ends occur in every sample; ids of texts up to this length are remembered."""
+
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 
 
@@ -152,6 +155,15 @@ class ChatTemplate:
 
     def encode(self, text: str) -> IntArray:
         """Ids of plain text; strings that look like special tokens stay text."""
+        if len(text) <= _SHORT:
+            if text not in self._short:
+                if len(self._short) > 10_000:
+                    self._short.clear()
+                self._short[text] = self._encode(text)
+            return self._short[text]
+        return self._encode(text)
+
+    def _encode(self, text: str) -> IntArray:
         return np.asarray(self._plain.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
     def decode(self, ids: Sequence[int] | IntArray, *, skip_special_tokens: bool = False) -> str:
@@ -263,9 +275,10 @@ class ChatTemplate:
         self._plain.no_truncation()
         self._plain.no_padding()
         self._plain.encode_special_tokens = True
+        self._short: dict[str, IntArray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_plain"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_plain", "_short")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

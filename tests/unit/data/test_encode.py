@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from spatialvlm.data.encode import OverlongPolicy, encode, fit, geometry_groups
+from spatialvlm.data.encode import HeadCache, OverlongPolicy, encode, fit, geometry_groups
 from spatialvlm.data.media.plan import MediaHeader, MediaPolicy, plan_media
 from spatialvlm.data.media.resize import resize, split_tiles
 from spatialvlm.data.sample import MediaRef, Sample, Turn
 from spatialvlm.data.template import ChatTemplate, load_processor
 from spatialvlm.errors import DataError
-from spatialvlm.sequence.layout import TokenLayout
+from spatialvlm.sequence.layout import MediaItem, TokenLayout
 from spatialvlm.sequence.sizes import SizePolicy
 
 FAMILIES = ["qwen2_5vl", "qwen3vl", "internvl3"]
@@ -210,6 +210,55 @@ def test_geometry_groups(tiny_checkpoint):
     assert groups(off, video, geometry="on") == (-1,)
     with pytest.raises(DataError, match="has no media"):
         groups(on, geometry="on")
+
+
+LAYOUTS = [
+    {},
+    {"text_after_vision": "stock"},
+    {"insertion": "interleaved", "spatial_id": 999, "camera_token": True},
+    {"insertion": "sequential", "spatial_id": 999},
+    {"insertion": "in_place"},
+    {"insertion": "interleaved", "spatial_id": 999, "time": "seconds"},
+]
+
+
+@pytest.mark.parametrize("options", LAYOUTS)
+def test_remembered_beginnings_change_nothing(kit, options):
+    """Ids and positions equal those of the layout for the whole sample at once."""
+    template, _, policy, _ = kit
+    size = SizePolicy() if "insertion" in options else None
+    layout = make_layout(template, size=size, **options)
+    heads = HeadCache(2)
+    rng = np.random.default_rng(0)
+    refs = [MediaRef("video", "file", "v"), image_ref("a"), image_ref("b")]
+    for _ in range(30):
+        media = [refs[i] for i in rng.permutation(3)[: rng.integers(0, 4)]]
+        question = [p for i in range(len(media)) for p in (f"t{rng.integers(3)} ", i)]
+        turns = [Turn("user", (*question, "what?")), Turn("assistant", ("this",))]
+        if rng.random() < 0.5 and media:  # media in a later turn
+            turns = [Turn("user", ("hi",)), Turn("assistant", ("ho",)), *turns]
+        sample = make_sample(
+            *turns, media=media, same_scene=True, geometry="on" if media else "auto"
+        )
+        infos = [
+            plan_media(
+                ref, video_header(5) if ref.kind == "video" else MediaHeader((80, 120)), policy
+            )
+            for ref in media
+        ]
+        ours = encode(sample, infos, template, layout, heads=heads)
+        groups = geometry_groups(sample, layout)
+        items = [
+            MediaItem(i.ref.kind, i.grid, i.times_s, i.second_per_grid_t, group)
+            for i, group in zip(infos, groups, strict=True)
+        ]
+        pieces = template.pieces(sample.turns)
+        whole = layout.expand(
+            [items[p] if isinstance(p, int) else p.ids for p in pieces], template.encode
+        )
+        assert np.array_equal(ours.input_ids, whole.input_ids)
+        assert np.array_equal(ours.token_kind, whole.token_kind)
+        assert np.array_equal(ours.position_ids, whole.position_ids)
 
 
 class TestOverlong:
