@@ -7,6 +7,7 @@ table's key is the files' content, the reader, and its options; the mixture is n
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -103,9 +104,10 @@ def media_and_prefix_key(sample: Sample, salt: bytes = b"") -> tuple[int, int]:
     return media_hash, _hash(salt, f"{system}\0{text}\0{marks}\0{flags}\0{media}")
 
 
+@functools.lru_cache(maxsize=1024)
 def _hash(salt: bytes, text: str) -> int:
+    """64 bits of blake2b, never 0. Neighbouring rows often share their media, hence the cache."""
     data = salt + text.encode("utf-8", "surrogatepass")
-    # 0 is kept for "none"
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") or 1
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 from spatialvlm.data.formats.base import (
@@ -24,6 +25,7 @@ from spatialvlm.data.formats.base import (
     video_ref,
 )
 from spatialvlm.data.sample import MediaRef, Role, Sample, Turn
+from spatialvlm.errors import DataError
 from spatialvlm.typing import MarkSpec
 
 _MARKER = re.compile(
@@ -38,6 +40,7 @@ _ROLES: dict[str, Role] = {
     "system": "system",
 }
 _IMAGE, _VIDEO = -1, -2
+_MEDIA_KEYS = ("image", "images", "video", "videos")
 _CONSUMED = frozenset(
     [
         "conversations",
@@ -115,36 +118,29 @@ def build_sample(
     if attrs.fixes:
         _fix_answers(turns, attrs.fixes)
     get = row.get
-    derived: dict[str, Any] = {
-        "capability": _capability(row, attrs, fmt),
-        "same_scene": fmt.same_scene if attrs.same_scene is None else attrs.same_scene,
-        "frames_pinned": attrs.pinned,
-        "coords": attrs.coords or fmt.coords,
-        "scene_id": text_or_none(get("scene_id")) or text_or_none(get("scene_name")),
-        "room_id": text_or_none(get("room_id")),
-        "difficulty": number_or_none(get("difficulty")),
-        "margin": number_or_none(get("margin")),
-    }
-    if "meta" not in fields:
-        used = _CONSUMED | consumed if consumed else _CONSUMED
-        derived["meta"] = {k: v for k, v in row.items() if v is not None and k not in used}
-    if fields:
-        derived |= fields
-    return Sample(
+    used = _CONSUMED | consumed if consumed else _CONSUMED
+    difficulty, margin = get("difficulty"), get("margin")
+    sample = Sample(
         uid=place.uid(attrs.name, k),
         source=attrs.name,
         family=attrs.family,
         turns=tuple(
-            [
-                Turn(role, tuple(cast("list[str | int]", parts)), train)
-                for role, parts, train in turns
-            ]
+            [Turn(role, tuple(parts), train) for role, parts, train in turns]  # type: ignore[arg-type]
         ),
         media=tuple(media),
+        capability=_capability(row, attrs, fmt),
+        same_scene=fmt.same_scene if attrs.same_scene is None else attrs.same_scene,
         geometry=attrs.geometry,
+        frames_pinned=attrs.pinned,
+        coords=attrs.coords or fmt.coords,
         marks=marks,
-        **derived,
+        scene_id=text_or_none(get("scene_id") or get("scene_name")),
+        room_id=text_or_none(get("room_id")),
+        difficulty=None if difficulty is None else number_or_none(difficulty),
+        margin=None if margin is None else number_or_none(margin),
+        meta={key: v for key, v in row.items() if v is not None and key not in used},
     )
+    return replace(sample, **fields) if fields else sample
 
 
 def parse_turns(row: Row, attrs: SourceAttrs, place: Place) -> list[tuple[Role, list[Piece], bool]]:
@@ -223,15 +219,13 @@ def media_fields(
     clip = _clip(row, place)
     images: list[MediaRef] = []
     videos: list[MediaRef] = []
-    for key, kind, found in (
-        ("image", "image", images),
-        ("images", "image", images),
-        ("video", "video", videos),
-        ("videos", "video", videos),
-    ):
+    for key in _MEDIA_KEYS:
         value = row.get(key)
         if value is not None and value != "" and value != []:
-            found += _field_media(value, key, kind, attrs, place, clip if kind == "video" else None)
+            if key[0] == "i":
+                images += _field_media(value, key, "image", attrs, place, None)
+            else:
+                videos += _field_media(value, key, "video", attrs, place, clip)
     if images and not videos and row.get("type") == "video":
         images, videos = [], _images_as_videos(row, images, clip)
     return images, videos
@@ -435,39 +429,40 @@ def _assign(
                 num_video += piece == _VIDEO
                 inline = inline or isinstance(piece, MediaRef)
     if not (num_image or num_video or inline):
-        if images or videos:
-            first_user = next(pieces for role, pieces, _ in turns if role == "user")
-            first_user[:0] = [_IMAGE] * len(images) + [_VIDEO] * len(videos)
+        if not (images or videos):
+            return []
+        first_user = next(pieces for role, pieces, _ in turns if role == "user")
+        first_user[:0] = [_IMAGE] * len(images) + [_VIDEO] * len(videos)
     else:
         if videos and not images and not num_video:
             images, videos = videos, []  # <image> marks a video (VSI-590K, VLM-3R, ViCA)
-        _check_counts(num_image, num_video, images, videos, place)
-    queues = {_IMAGE: iter(images), _VIDEO: iter(videos)}
+        if num_image != len(images) or num_video != len(videos):
+            raise _count_error(num_image, num_video, images, videos, place)
+    left = {_IMAGE: images[::-1], _VIDEO: videos[::-1]}
     media: list[MediaRef] = []
     for _, pieces, _ in turns:
         for number, piece in enumerate(pieces):
-            if isinstance(piece, str):
-                continue
-            media.append(piece if isinstance(piece, MediaRef) else next(queues[piece]))
-            pieces[number] = len(media) - 1
+            if not isinstance(piece, str):
+                media.append(piece if isinstance(piece, MediaRef) else left[piece].pop())
+                pieces[number] = len(media) - 1
     return media
 
 
-def _check_counts(
+def _count_error(
     num_image: int, num_video: int, images: list[MediaRef], videos: list[MediaRef], place: Place
-) -> None:
-    for kind, markers, media in (("image", num_image, images), ("video", num_video, videos)):
-        if markers == len(media):
-            continue
-        noun = media[0].kind if media else kind
-        fix = f'Add the missing path to "{noun}" or remove a marker.'
-        if markers < len(media):
-            fix = "Add a marker or remove a path."
-        raise place.error(
-            "marker_count",
-            f"has {markers} <{kind}> marker{'s' * (markers != 1)} and "
-            f"{len(media)} {noun}{'s' * (len(media) != 1)}. {fix}",
-        )
+) -> DataError:
+    kind, markers, media = ("image", num_image, images)
+    if markers == len(media):
+        kind, markers, media = ("video", num_video, videos)
+    noun = media[0].kind if media else kind
+    fix = f'Add the missing path to "{noun}" or remove a marker.'
+    if markers < len(media):
+        fix = "Add a marker or remove a path."
+    return place.error(
+        "marker_count",
+        f"has {markers} <{kind}> marker{'s' * (markers != 1)} and "
+        f"{len(media)} {noun}{'s' * (len(media) != 1)}. {fix}",
+    )
 
 
 def _check_excluded(row: Row, media: Iterable[MediaRef], attrs: SourceAttrs, place: Place) -> None:
