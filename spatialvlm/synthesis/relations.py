@@ -157,3 +157,35 @@ def related(ctx: SceneContext, view: View, a: int, b: int, relation: str) -> tup
             raise Reject(Reason.VERTICAL_AXIS, view.frame_id)
         holds, margin = in_front(view, a, b)
     return holds == first, margin
+
+
+DIRECTION_GUARD_DEG = 10.0
+DIRECTIONS: dict[str, tuple[tuple[str, float, float], ...]] = {
+    "easy": (("left", 0.0, 180.0), ("right", -180.0, 0.0)),
+    "medium": (("left", 0.0, 135.0), ("right", -135.0, 0.0), ("back", 135.0, 225.0)),
+    "hard": (
+        ("front-left", 0.0, 90.0),
+        ("back-left", 90.0, 180.0),
+        ("front-right", -90.0, 0.0),
+        ("back-right", -180.0, -90.0),
+    ),
+}
+"""Variant -> (word, from, to) in degrees counter-clockwise from the facing direction."""
+
+
+def direction_word(angle: float, variant: str) -> tuple[str, Margin]:
+    """Word for a bearing, at least 10 degrees inside its sector on either side.
+
+    Args:
+        angle: Degrees, counter-clockwise from the facing direction, (-180, 180].
+        variant: Key of :data:`DIRECTIONS`.
+
+    Raises:
+        Reject: ``sector``: near a boundary.
+    """
+    for word, low, high in DIRECTIONS[variant]:
+        for value in (angle, angle + 360.0):
+            if low <= value <= high:
+                guard = min(value - low, high - value)
+                return word, require("guard_deg", guard, DIRECTION_GUARD_DEG, Reason.SECTOR)
+    raise Reject(Reason.SECTOR, f"{angle:.1f} degrees is straight ahead or behind")

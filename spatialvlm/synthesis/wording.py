@@ -152,6 +152,8 @@ class Wording:
     """End terse questions with how to answer ("Answer yes or no.")."""
     sentences: float = 0.0
     """Share of rows answered by a sentence instead of the terse form."""
+    cot: float = 0.0
+    """Share of direction and distance questions over three objects answered with the local map first."""
     colours: bool = False
     """Name objects by colour and label wherever the colour is known ("the red chair")."""
     masks: bool = False

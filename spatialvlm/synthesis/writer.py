@@ -63,6 +63,8 @@ class Writer:
         self.base: Form = self.draws.choice(forms)
         """Form of the answer itself; a sentence may still wrap it."""
         self.in_sentence = self.draws.unit() < wording.sentences
+        self.wants_steps = self.draws.unit() < wording.cot
+        self.step_tags: tuple[str, ...] = ()
         self.refs: dict[int, Ref] = {}
         self.marks: list[dict[str, Any]] = []
         self.frames: list[int] = []
@@ -261,6 +263,16 @@ class Writer:
             choice_idx=choice,
             spans=spans,
         )
+
+    def explained(self, turn: Turn, steps: str | None) -> Turn:
+        """Put the steps of a chain of thought before the answer; without steps the turn stays."""
+        if steps is not None:
+            how = self.book.choose(self.draws, self.wording, "train", "_hint", "COT").text
+            turn.question = f"{turn.question}\n{how}"
+            turn.reply = f"{steps} So the answer is {turn.answer_text}."
+            turn.form, turn.answer_template_id = "SENT", "cot"
+            self.step_tags = ("cot",)
+        return turn
 
     def _sentence(
         self, base: Form, answer: Any, shown: str, choice: int | None, unit: str | None

@@ -14,6 +14,8 @@ from numpy.random import Generator
 
 from spatialvlm.scenes.transforms import wrap_deg
 from spatialvlm.synthesis.context import SceneContext, require, require_range, tightest
+from spatialvlm.synthesis.cot import direction_steps, distance_steps
+from spatialvlm.synthesis.relations import DIRECTIONS, direction_word
 from spatialvlm.synthesis.rows import QA, Args, Derived, Margin, Reason, Reject, Turn
 from spatialvlm.synthesis.tasks.base import Task, require_count, shuffled, tuples
 from spatialvlm.synthesis.tasks.camera import order_turn
@@ -368,40 +370,14 @@ class VsiRelDist(VideoTask):
         """One of the labels."""
         write.show(self.frames(ctx, args), "video")
         wrong = [label for label in args["labels"] if label != derived.answer]
-        slots = {"label": ctx.labels[args["objects"][0]], "labels": _listed(args["labels"])}
-        return write.qa(write.turn("text", derived.answer, slots, wrong=wrong))
-
-
-DIRECTION_GUARD_DEG = 10.0
-DIRECTIONS: dict[str, tuple[tuple[str, float, float], ...]] = {
-    "easy": (("left", 0.0, 180.0), ("right", -180.0, 0.0)),
-    "medium": (("left", 0.0, 135.0), ("right", -135.0, 0.0), ("back", 135.0, 225.0)),
-    "hard": (
-        ("front-left", 0.0, 90.0),
-        ("back-left", 90.0, 180.0),
-        ("front-right", -90.0, 0.0),
-        ("back-right", -180.0, -90.0),
-    ),
-}
-"""Variant -> (word, from, to) in degrees counter-clockwise from the facing direction."""
-
-
-def direction_word(angle: float, variant: str) -> tuple[str, Margin]:
-    """Word for a bearing, at least 10 degrees inside its sector on either side.
-
-    Args:
-        angle: Degrees, counter-clockwise from the facing direction, (-180, 180].
-        variant: Key of :data:`DIRECTIONS`.
-
-    Raises:
-        Reject: ``sector``: near a boundary.
-    """
-    for word, low, high in DIRECTIONS[variant]:
-        for value in (angle, angle + 360.0):
-            if low <= value <= high:
-                guard = min(value - low, high - value)
-                return word, require("guard_deg", guard, DIRECTION_GUARD_DEG, Reason.SECTOR)
-    raise Reject(Reason.SECTOR, f"{angle:.1f} degrees is straight ahead or behind")
+        reference = args["objects"][0]
+        slots = {"label": ctx.labels[reference], "labels": _listed(args["labels"])}
+        turn = write.turn("text", derived.answer, slots, wrong=wrong, hint=not write.wants_steps)
+        same = [ctx.by_label[label] for label in args["labels"]]
+        if write.wants_steps and [len(objects) for objects in same] == [1, 1]:
+            steps = distance_steps(ctx, reference, same[0][0], same[1][0], derived.answer)
+            return write.qa(write.explained(turn, steps), tags=write.step_tags)
+        return write.qa(turn)
 
 
 class VsiRelDir(VideoTask):
@@ -438,9 +414,19 @@ class VsiRelDir(VideoTask):
         words = [word for word, _, _ in DIRECTIONS[args["variant"]]]
         wrong = [word for word in words if word != derived.answer]
         slots = {"a": a, "b": b, "c": c}
-        return write.qa(
-            write.turn("text", derived.answer, slots, variant=args["variant"], wrong=wrong)
+        turn = write.turn(
+            "text",
+            derived.answer,
+            slots,
+            variant=args["variant"],
+            wrong=wrong,
+            hint=not write.wants_steps,
         )
+        if write.wants_steps:
+            one, two, target = args["objects"]
+            steps = direction_steps(ctx, one, two, target, args["variant"], derived.answer)
+            return write.qa(write.explained(turn, steps), tags=write.step_tags)
+        return write.qa(turn)
 
 
 def relative_direction(ctx: SceneContext, a: int, b: int, c: int, variant: str) -> Derived:
