@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from spatialvlm.errors import ConfigError, IsolationError
@@ -109,6 +110,19 @@ class Tree:
         return gather, query_ends, key_ends, max(self.length), max(key_lengths)
 
 
+def _attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """SDPA; on CUDA without the math kernel, which would fill the memory with scores instead of failing."""
+    if not query.is_cuda:
+        return scaled_dot_product_attention(query, key, value, **options)
+    fused = [
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.CUDNN_ATTENTION,
+    ]
+    with sdpa_kernel(fused):
+        return scaled_dot_product_attention(query, key, value, **options)
+
+
 def _repeat_heads(module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     repeats = getattr(module, "num_key_value_groups", 1)
     if repeats == 1:
@@ -131,7 +145,7 @@ def _without_tree(
             "sequence holds. Call the language model through SpatialVLM, or set another attention implementation."
         )
     key, value = _repeat_heads(module, key, value)
-    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    output = _attend(query, key, value, attn_mask=mask, scale=scaling)
     return output.transpose(1, 2), None
 
 
@@ -186,12 +200,12 @@ def tree_sdpa(
     for own, up in enumerate(tree.parent):
         q, k, v = queries[own], keys[own], values[own]
         if up < 0:
-            outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
+            outputs.append(_attend(q, k, v, is_causal=True, scale=scaling))
             continue
         k, v = torch.cat([keys[up], k], dim=2), torch.cat([values[up], v], dim=2)
         shape, prefix = (tree.length[own], k.shape[2]), tree.length[up]
         mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(prefix)
-        outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling))
+        outputs.append(_attend(q, k, v, attn_mask=mask, scale=scaling))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
@@ -384,7 +398,7 @@ def varlen_sdpa(
     assert attention_mask is None
     del module
     if cu_seq_lens_q is None:
-        output = scaled_dot_product_attention(query, key, value, scale=scaling)
+        output = _attend(query, key, value, scale=scaling)
         return output.transpose(1, 2), None
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -399,9 +413,7 @@ def varlen_sdpa(
             x[0].view(x.shape[1], -1, lengths[0], x.shape[3]).transpose(0, 1)
             for x in (query, key, value)
         )
-        output = scaled_dot_product_attention(
-            q, k, v, scale=scaling
-        )  # [frames, heads, length, head_dim]
+        output = _attend(q, k, v, scale=scaling)  # [frames, heads, length, head_dim]
         return output.transpose(1, 2).flatten(0, 1).unsqueeze(0), None
     chunks = [torch.split(x[0], lengths, dim=1) for x in (query, key, value)]
     by_length: dict[int, list[int]] = defaultdict(list)
@@ -410,7 +422,7 @@ def varlen_sdpa(
     outputs: list[Tensor] = [query] * len(lengths)
     for members in by_length.values():
         q, k, v = (torch.stack([chunk[index] for index in members]) for chunk in chunks)
-        result = scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2)
+        result = _attend(q, k, v, scale=scaling).transpose(1, 2)
         for index, frame in zip(members, result.unbind(0), strict=True):
             outputs[index] = frame
     return torch.cat(outputs).unsqueeze(0), None
@@ -461,3 +473,13 @@ def choose(name: str, device: torch.device) -> str:
             f"packing.attention={name} needs a CUDA device, the model runs on {device}; use tree_sdpa"
         )
     return name
+
+
+def kernel_name(name: str) -> str:
+    """What an attention name runs, for the log."""
+    varlen = (
+        "flash-attn" if find_spec("flash_attn") is not None else "PyTorch's variable-length kernel"
+    )
+    if name == VISION_ATTENTION:
+        return f"per frame ({varlen} in half precision on CUDA, SDPA elsewhere)"
+    return f"{name} ({varlen})" if name == "tree_flash" else name

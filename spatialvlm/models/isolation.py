@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from spatialvlm.errors import IsolationError
-from spatialvlm.models.attention import Tree
+from spatialvlm.models.attention import Tree, kernel_name
 from spatialvlm.models.spatial_vlm import SpatialVLM
 
 PROBE = Tree(start=[0, 6, 11, 15, 22, 28], length=[6, 5, 4, 7, 6, 5], parent=[-1, 0, 0, -1, 3, 3])
@@ -22,7 +22,7 @@ def probe_isolation(model: SpatialVLM) -> str:
     bit-identical, and that each branch equals its separate forward.
 
     Returns:
-        One line for the log.
+        One line for the log: which attention runs where, and how close packed and separate samples are.
 
     Raises:
         IsolationError: A check failed; names the attention function and the first layer or segment.
@@ -73,7 +73,12 @@ def probe_isolation(model: SpatialVLM) -> str:
                 "(relative); branches do not see their prefix as a separate sample would"
             )
     model.train(was_training)
-    return f"isolation: {name} on {len(expected)} layers, packed = separate within {worst:.1e}"
+    vision = model.adapter.vision_config._attn_implementation
+    geometry = "" if model.geometry is None else ", geometry SDPA"
+    return (
+        f"attention: language model {kernel_name(name)}, vision {kernel_name(vision)}{geometry}; packed = separate "
+        f"within {worst:.1e} on {len(expected)} layers"
+    )
 
 
 def _hidden(model: SpatialVLM, ids: Tensor, tree: Tree) -> Tensor:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from spatialvlm.models.generation import generate
 from spatialvlm.models.spatial_vlm import SpatialVLM
 from spatialvlm.sequence.pixels import prepare
-from spatialvlm.testing.packs import Member
+from spatialvlm.testing.packs import Clip, Member
 from spatialvlm.testing.rig import FAMILIES, gradients, worst_relative
 
 pytestmark = pytest.mark.parity
@@ -15,7 +15,8 @@ pytestmark = pytest.mark.parity
 
 def cases(bench):
     """Media for which the library's positions equal ours: stills and short videos."""
-    return {
+    tiles = {"tiles": Member((Clip("image", 3, 56, 56),))} if bench.family == "internvl3" else {}
+    return tiles | {
         "one image": Member((bench.clip(),)),
         "two images": Member((bench.clip(), bench.clip()), branches=(9,)),
         "video": Member((bench.clip("video", 4, wide=True),)),

@@ -248,13 +248,24 @@ class Backbone(ABC):
         """Raise for models whose layers mix samples of a pack outside attention.
 
         Raises:
-            ConfigError: Sliding-window or recurrent layers, attention dropout.
+            ConfigError: Sliding-window or recurrent layers, attention dropout, router balance losses.
         """
-        kinds = set(getattr(self.text_config, "layer_types", None) or ["full_attention"])
+        name, text = self.model.config.model_type, self.text_config
+        kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
             raise ConfigError(
-                f"packs need full attention in every layer, {self.model.config.model_type} has {sorted(kinds)}; "
+                f"packs need full attention in every layer, {name} has {sorted(kinds)}; "
                 "set use_sliding_window to false in config.json, or train another model"
+            )
+        if text.attention_dropout:
+            raise ConfigError(
+                f"{name} has attention_dropout={text.attention_dropout}, which tree attention does not apply; "
+                "set it to 0 in config.json"
+            )
+        if getattr(text, "output_router_logits", False):
+            raise ConfigError(
+                f"{name} asks for a router balance loss, which mixes the samples of a pack; set "
+                "output_router_logits to false in config.json"
             )
 
     def to(self, device: torch.device) -> Self:

@@ -11,7 +11,9 @@ from spatialvlm.testing.rig import FAMILIES
 def test_our_attention_passes(rig, family):
     bench = rig(family)
     bench.model.train()
-    assert "tree_sdpa on 3 layers" in probe_isolation(bench.model)
+    line = probe_isolation(bench.model)
+    assert line.startswith("attention: language model tree_sdpa, vision per frame")
+    assert line.endswith("on 3 layers")
     assert bench.model.training
 
 

@@ -85,16 +85,24 @@ def test_variant_loads_isolates_and_trains(checkpoints, tiny_vggt, tmp_path, fam
     assert torch.equal(again.model(again.pack()).loss_sum, bench.model(bench.pack()).loss_sum)
 
 
-def test_sliding_windows_are_refused(checkpoints, tmp_path):
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            r"full attention in every layer.*sliding_attention",
+        ),
+        ({"attention_dropout": 0.1}, r"attention_dropout=0\.1"),
+        ({"output_router_logits": True}, "balance loss"),
+    ],
+)
+def test_what_would_mix_samples_is_refused(checkpoints, tmp_path, setting, message):
     from spatialvlm.errors import ConfigError
 
-    def sliding(config):
-        config["text_config"] |= {
-            "use_sliding_window": True,
-            "sliding_window": 8,
-            "max_window_layers": 1,
-        }
-
-    folder = rewrite(checkpoints["qwen2_5vl"], tmp_path / "variant", sliding)
-    with pytest.raises(ConfigError, match=r"full attention in every layer.*sliding_attention"):
+    folder = rewrite(
+        checkpoints["qwen2_5vl"],
+        tmp_path / "variant",
+        lambda config: config["text_config"].update(setting),
+    )
+    with pytest.raises(ConfigError, match=message):
         Rig.load("qwen2_5vl", folder)
