@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from spatialvlm.typing import IntArray
 
-_VERSION = 1
+_VERSION = 2
 _CHUNK = 1 << 16
 _PARALLEL_BYTES = 64 << 20
 _FIRST_UIDS = 5
@@ -72,8 +72,9 @@ def media_key(sample: Sample, salt: bytes = b"") -> int:
 def prefix_key(sample: Sample, salt: bytes = b"") -> int:
     """Equal for rows of one source that may share their media prefix; 0 = never.
 
-    Covers the system text, the first user turn up to its last medium, the media, marks, instruction
-    formats and the geometry flag. Rows without media, or with media after the first answer, get 0.
+    Covers the system text, the first user turn up to its last medium, the media, marks, and the geometry
+    flag. Rows without media, or with media after the first answer, get 0. Whether rows really share is
+    decided from their tokens and pixels when a step is planned; this key only brings them together.
     """
     return media_and_prefix_key(sample, salt)[1]
 
@@ -99,7 +100,7 @@ def media_and_prefix_key(sample: Sample, salt: bytes = b"") -> tuple[int, int]:
         return media_hash, 0
     until = len(parts) - 1 - parts[::-1].index(last)
     text = "\0".join([p if isinstance(p, str) else f"\1{p}" for p in parts[: until + 1]])
-    marks = f"{sample.marks}{sample.formats_ok}" if sample.marks or sample.formats_ok else ""
+    marks = str(sample.marks) if sample.marks else ""
     flags = f"{sample.geometry}{sample.same_scene}{sample.frames_pinned}"
     return media_hash, _hash(salt, f"{system}\0{text}\0{marks}\0{flags}\0{media}")
 
