@@ -58,71 +58,24 @@ def score_folder(
 
 
 class Asker:
-    """The checkpoint under test with everything that is loaded once."""
+    """The checkpoint under test, and who else is asking."""
 
     def __init__(self, config: EvalConfig) -> None:
-        from spatialvlm.config.geometry import GeometryConfig
-        from spatialvlm.data.media.plan import MediaPolicy
-        from spatialvlm.data.template import ChatTemplate, load_processor
-        from spatialvlm.models.build import build_layout, build_model
-        from spatialvlm.models.directory import find_folder, saved_geometry
+        from spatialvlm.evaluation.subject import Subject
         from spatialvlm.training.distributed import start_processes
 
         assert config.model is not None
         self.config = config
         self.processes = start_processes(timeout_s=3600)
-        self.folder, adapters = self.base_of(
-            find_folder(config.model.init_from, config.model.revision)
+        self.subject = Subject(
+            config.model.init_from,
+            device=self.processes.device,
+            dtype=config.evaluation.dtype,
+            revision=config.model.revision,
+            geometry_source=config.model.geometry_source,
+            allow_encoder_mismatch=config.model.allow_encoder_mismatch,
+            max_pixels=config.evaluation.max_pixels,
         )
-        saved = saved_geometry(self.folder)
-        geometry = GeometryConfig.model_validate(saved["geometry"]) if saved else None
-        if geometry is not None:
-            changes: dict[str, Any] = {
-                "allow_encoder_mismatch": config.model.allow_encoder_mismatch
-            }
-            if config.model.geometry_source:
-                changes["source"] = config.model.geometry_source
-            geometry = geometry.model_copy(update=changes)
-        self.geometry_flag = geometry.default_flag if geometry is not None else "auto"
-        self.layout = build_layout(self.folder, geometry)
-        self.template = ChatTemplate.from_checkpoint(self.folder)
-        self.policy = MediaPolicy.from_processor(load_processor(self.folder)).with_budget(
-            max_pixels=config.evaluation.max_pixels, temporal=self.layout.tau
-        )
-        import torch
-
-        dtype = torch.bfloat16 if config.evaluation.dtype == "bf16" else torch.float32
-        self.model = build_model(self.folder, geometry, dtype=dtype, device=self.processes.device)
-        self.weights = adapters or self.folder
-        if adapters is not None:
-            from peft import PeftModel
-
-            PeftModel.from_pretrained(self.model.backbone, adapters).merge_and_unload()
-        self.model.eval()
-
-    @staticmethod
-    def base_of(folder: Path) -> tuple[Path, Path | None]:
-        """Model directory, and the adapters on top of it if ``folder`` holds only adapters."""
-        from spatialvlm.models.directory import find_folder
-
-        description = folder / "adapter_config.json"
-        if (folder / "config.json").is_file() or not description.is_file():
-            return folder, None
-        return find_folder(json.loads(description.read_text())["base_model_name_or_path"]), folder
-
-    def complete(self, packs: list[Any], max_new_tokens: int) -> list[list[list[int]]]:
-        """Greedy completions of prompt packs."""
-        import torch
-
-        from spatialvlm.errors import OutOfMemoryError
-        from spatialvlm.models.generation import generate
-
-        try:
-            return generate(self.model, packs, max_new_tokens)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemoryError(
-                f"{error}; lower evaluation.batch_size or set it to auto"
-            ) from None
 
     def manifest(self, benchmark: Benchmark) -> dict[str, Any]:
         """How the answers are made; a resumed run must agree with it."""
@@ -130,7 +83,7 @@ class Asker:
         from spatialvlm.evaluation.schema import sha256_of
 
         section = self.config.evaluation
-        weights = sorted(p for p in self.weights.glob("*.safetensors*") if p.is_file())
+        weights = sorted(p for p in self.subject.weights.glob("*.safetensors*") if p.is_file())
         index = next((p for p in weights if p.suffix == ".json"), weights[0] if weights else None)
         return {
             "benchmark": benchmark.spec.name,
@@ -150,7 +103,7 @@ class Asker:
             "limit_seed": section.limit_seed,
             "checkpoint": str(self.config.model.init_from) if self.config.model else "",
             "checkpoint_sha256": sha256_of(index) if index else "",
-            "template": self.template.fingerprint,
+            "template": self.subject.template.fingerprint,
             "dtype": section.dtype,
             "batch_size": section.batch_size,
             "seed": section.seed,
@@ -168,7 +121,6 @@ class Asker:
             make_asks,
             merge,
         )
-        from spatialvlm.evaluation.model_generator import PackGenerator
         from spatialvlm.synthesis.marks import draw_marks
 
         section, processes = self.config.evaluation, self.processes
@@ -179,15 +131,10 @@ class Asker:
         asks = make_asks(
             benchmark, items, protocol=section.protocol, media=section.media, seed=section.seed
         )
-        generator = PackGenerator(
-            self.complete,
-            self.template,
-            self.layout,
-            self.policy,
-            root=benchmark.media_root,
+        generator = self.subject.generator(
+            benchmark.media_root,
             frames=section.frames,
             frame_policy=section.frame_policy,
-            geometry=self.geometry_flag,
             draw_marks=draw_marks,
             scratch=folder / "blank",
         )

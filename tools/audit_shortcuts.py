@@ -6,7 +6,7 @@ r"""How much of a benchmark can be answered without looking?
     python tools/audit_shortcuts.py --bench vsi_bench --data test.jsonl --mode circular --out DIR     # writes variants
     python tools/audit_shortcuts.py --bench circular_mcq --data DIR/variants.jsonl --mode circular --pred P --out DIR
     python tools/audit_shortcuts.py --bench vsi_bench --data test.jsonl --mode ibp --budget 500 --out DIR
-    python tools/audit_shortcuts.py --bench vsi_bench --data test.jsonl --mode tst-llm --model DIR --out DIR
+    python tools/audit_shortcuts.py --bench vsi_bench --data test.jsonl --mode tst-llm --model DIR --backbone NAME --out DIR
 
 - ``priors``   the option text that is usually right, the majority letter, the best constant number
 - ``rf``       a random forest per question type (needs the extra ``audit``)
@@ -22,8 +22,10 @@ import argparse
 import csv
 import html
 import json
+import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -331,18 +333,26 @@ def ibp(bench: Benchmark, args: argparse.Namespace) -> None:
 
 def stress_test(bench: Benchmark, args: argparse.Namespace) -> None:
     """Fine-tune on the text of the other folds, look at the held-out one."""
-    from spatialvlm.evaluation.stress_test import run_stress_test
+    import torch
 
-    if args.model is None:
-        raise ConfigError("--mode tst-llm needs --model: the directory of the model to fine-tune")
+    from spatialvlm.evaluation.stress_test import run_stress_test
+    from spatialvlm.evaluation.subject import Subject
+
+    if args.model is None or args.backbone is None:
+        raise ConfigError(
+            "--mode tst-llm needs --model DIR and --backbone NAME (a file of configs/backbones)"
+        )
     items = usable(bench.items)
     fold = make_folds(items, args.folds, args.seed, group=args.group)
+    launcher = shlex.split(args.launcher)
     found = run_stress_test(
         items,
         fold,
         args.model,
+        args.backbone,
         args.out / "folds",
-        launcher=args.launcher,
+        partial(Subject, device="cuda" if torch.cuda.is_available() else "cpu"),
+        launcher=[sys.executable] if launcher == ["python"] else launcher,
         overrides=args.set,
         seed=args.seed,
     )
@@ -381,6 +391,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--alloc", default="per_type", choices=["global", "per_format", "per_type"])
     parser.add_argument("--diagnostic", default="rf", choices=["priors", "rf"])
     parser.add_argument("--model", type=Path, help="model directory for tst-llm")
+    parser.add_argument("--backbone", help="name of its dimensions, a file of configs/backbones")
     parser.add_argument("--launcher", default="python", help="what starts the training recipe")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="key=value", help="changes to the training recipe"
