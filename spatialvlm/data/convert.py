@@ -284,7 +284,7 @@ def _file_name(uid: str) -> str:
 def _write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     with path.open("w") as out:
         for row in rows:
-            out.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+            out.write(json.dumps(row, default=str) + "\n")
 
 
 def _write_tar(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -302,7 +302,7 @@ def _write_tar(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             if row.pop("frames", False):
                 row["video"] = True
                 row.pop("type")
-            add(f"{key}.json", json.dumps(row, ensure_ascii=False).encode())
+            add(f"{key}.json", json.dumps(row).encode())
             for k, (data, end) in enumerate(media):
                 add(f"{key}.{k}{end}", data)
 

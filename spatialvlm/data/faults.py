@@ -105,7 +105,7 @@ class Quarantine:
             "replaced_by": replaced_by,
         }
         with self.path.open("a") as out:
-            out.write(json.dumps(event, ensure_ascii=False) + "\n")
+            out.write(json.dumps(event) + "\n")
         if self.limits.get(sample.source) == 0:
             raise MediaError(
                 f"{sample.uid}: {error} Source {sample.source} tolerates no broken sample: repair it, or "

@@ -157,7 +157,25 @@ def read_row(
         ]
     if not isinstance(row, Mapping):
         raise place.error("schema", f"is {type(row).__name__}, not an object.")
-    return fmt.read(row, source, place, fmt)
+    samples = fmt.read(row, source, place, fmt)
+    for sample in samples:
+        _check_unicode(sample, place)
+    return samples
+
+
+def _check_unicode(sample: Sample, place: Place) -> None:
+    """Refuse half surrogate pairs: JSON can write them, tokenizers and file systems cannot take them."""
+    texts = [ref.path + ref.member for ref in sample.media]
+    for turn in sample.turns:
+        texts += [part for part in turn.parts if isinstance(part, str)]
+    for text in texts:
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise place.error(
+                    "schema", f"has half a surrogate pair in {text[:60]!r}."
+                ) from error
 
 
 def detect(rows: Iterable[Any], where: str) -> Format:

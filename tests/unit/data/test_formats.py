@@ -338,7 +338,10 @@ def test_generated_rows(tmp_path):
         ({"images": "x"}, "expected a list of paths"),
         ({"marks": "[{]"}, "invalid JSON in column 'marks'"),
         ({"marks": '[{"image": 0, "kind": "box"}]'}, "expected an object with image, kind, color"),
-        ({"marks": '[{"image": 0, "kind": "star", "color": "red"}]'}, "mark of kind 'star'; known: box"),
+        (
+            {"marks": '[{"image": 0, "kind": "star", "color": "red"}]'},
+            "mark of kind 'star'; known: box",
+        ),
         (
             {"marks": '[{"image": 0, "kind": "box", "color": "red", "bbox": [1]}]'},
             "expected 4 numbers",
@@ -437,6 +440,8 @@ def test_rule_b_markers():
         ({"conversations": [{"from": "tool", "value": ""}]}, "schema", "role 'tool' in turn 0; known: human, user"),
         ({"conversations": [{"from": "human", "value": 3}]}, "schema", "has 3 as content of turn 0"),
         ({"conversations": [{"from": "human", "value": [{"type": "audio"}]}]}, "schema", "known types: text, image"),
+        (talk(("u", "\ud800?"), ("a", "!")), "schema", "half a surrogate pair"),
+        (talk(*QA, image="\udfff.jpg"), "schema", "half a surrogate pair"),
         (talk(*QA, image=5), "schema", 'has 5 in "image"'),
         (talk(*QA, video="v.mp4", video_start=3, video_end=1), "schema", "start < end"),
         ("text", "schema", "is str, not an object"),

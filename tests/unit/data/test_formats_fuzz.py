@@ -36,6 +36,7 @@ def check(row, name):
         assert sample.turns[-1].role == "assistant"
         assert all(t.text.strip() for t in sample.turns if t.role == "assistant")
         media_and_prefix_key(sample)
+        "".join([t.text for t in sample.turns] + [m.path for m in sample.media]).encode()
         if json.loads(json.dumps(row)) == row:
             assert json.loads(json.dumps(sample_to_json(sample)))
 
