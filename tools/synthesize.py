@@ -21,8 +21,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tqdm import tqdm
 
-from spatialvlm.errors import ConfigError, SpatialVLMError
+from spatialvlm.errors import ConfigError, ContaminationError, SpatialVLMError
+from spatialvlm.scenes.blacklist import Blacklist, load_list, shipped_lists
+from spatialvlm.synthesis.balance import balance
 from spatialvlm.synthesis.engine import merge_manifest, synthesize
+from spatialvlm.synthesis.export import export_rows
 from spatialvlm.synthesis.parts import list_scenes
 from spatialvlm.synthesis.plan import SynthesisPlan, make_plan
 from spatialvlm.synthesis.wording import Wording
@@ -61,6 +64,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-failed", type=float, default=0.01)
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--dry-run", action="store_true", help="count only, write nothing")
+    parser.add_argument("--balance", type=Path, metavar="DIR", help="write evened-out rows to DIR")
+    parser.add_argument("--export", choices=("sharegpt", "messages", "webdataset"))
+    parser.add_argument("--export-to", type=Path, metavar="DIR", help="default: OUT/export")
+    parser.add_argument("--format-id", type=int, help="realise one of the 19 instruction formats")
+    parser.add_argument("--dialect", choices=("internvl", "qwen", "plain"), default="internvl")
+    parser.add_argument(
+        "--render-marks", action="store_true", help="draw marks into exported images"
+    )
+    parser.add_argument("--license-allow", nargs="+", default=(), help="export only these licences")
+    parser.add_argument(
+        "--blacklist", nargs="+", type=Path, default=(), help="further lists of scenes"
+    )
+    parser.add_argument(
+        "--strict-contamination", action="store_true", help="stop at the first evaluation scene"
+    )
+    parser.add_argument(
+        "--allow-contaminated", action="store_true", help="use evaluation scenes too"
+    )
     parser.add_argument(
         "--merge-manifest", action="store_true", help="only merge the sidecars of --out"
     )
@@ -96,6 +117,51 @@ def shard_of(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def blocked_scenes(arguments: argparse.Namespace) -> list[str]:
+    """Ids of the scenes that belong to an evaluation set or to one of its rooms.
+
+    Raises:
+        ContaminationError: There is one and ``--strict-contamination`` is set.
+    """
+    if arguments.allow_contaminated:
+        return []
+    lists = [*shipped_lists(), *(load_list(path) for path in arguments.blacklist)]
+    blacklist = Blacklist(lists)
+    refs = list_scenes(arguments.scenes)
+    found = [ref.scene_id for ref in refs if blacklist.check(ref.scene_id) is not None]
+    if found and arguments.strict_contamination:
+        raise ContaminationError(
+            f"{len(found)} of {len(refs)} scenes belong to evaluation sets, first {found[0]}. "
+            "Remove them or drop --strict-contamination to skip them."
+        )
+    return found
+
+
+def finish(arguments: argparse.Namespace) -> None:
+    """Balance and export what was generated."""
+    rows = arguments.out
+    if arguments.balance:
+        report = balance(rows, arguments.balance)
+        print(
+            f"balanced: {report.after.total():,} of {report.before.total():,} rows "
+            f"in {arguments.balance}"
+        )
+        rows = arguments.balance
+    if arguments.export:
+        target = arguments.export_to or arguments.out / "export"
+        manifest = export_rows(
+            rows,
+            arguments.scenes,
+            target,
+            arguments.export,
+            format_id=arguments.format_id,
+            dialect=arguments.dialect,
+            render_marks=arguments.render_marks,
+            licenses=arguments.license_allow,
+        )
+        print(f"exported: {manifest['rows']:,} rows to {target}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code (2: configuration, 1: scenes failed)."""
     arguments = parse_arguments(argv)
@@ -108,6 +174,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError("--scenes is missing: name the folder of the scenes.")
         plan = plan_from(arguments)
         shard = shard_of(arguments.shard)
+        blocked = blocked_scenes(arguments)
         total = len(list_scenes(arguments.scenes)[: arguments.limit])
     except SpatialVLMError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -131,6 +198,7 @@ def main(argv: list[str] | None = None) -> int:
             shard=shard,
             limit=arguments.limit,
             overwrite=arguments.overwrite,
+            blocked=blocked,
             dry_run=arguments.dry_run,
             max_failed=arguments.max_failed,
             progress=show,
@@ -141,9 +209,17 @@ def main(argv: list[str] | None = None) -> int:
         return 2 if isinstance(error, ConfigError) else 1
     bar.close()
     print(summary.table())
+    if blocked:
+        print(f"{len(blocked)} evaluation scenes skipped, listed in the manifest")
     print(
         f"{summary.rows} rows, {summary.skipped_parts} of {summary.parts} parts were there already"
     )
+    if not arguments.dry_run:
+        try:
+            finish(arguments)
+        except SpatialVLMError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            return 2
     for scene, trace in sorted(summary.failed_scenes.items()):
         print(f"failed: {scene}\n{trace}", file=sys.stderr)
     return 0
