@@ -557,16 +557,32 @@ def build_page(
                 '<p class="note">No samples: the benchmark file named in the manifest is not here.</p>'
             )
         body.append(f"<h2>Diagnostics</h2>{diagnostics(runs, benchmark)}")
-    style = files("spatialvlm.evaluation").joinpath("report.css").read_text(encoding="utf-8")
     first = next(iter(benchmarks))
     heading = title or (f"Evaluation: {', '.join(benchmarks)}")
     labels = ", ".join(run.label for run in benchmarks[first])
+    return _page(heading, labels, "".join(body))
+
+
+def _page(heading: str, subtitle: str, body: str) -> str:
+    """HTML document with the style inlined."""
+    style = files("spatialvlm.evaluation").joinpath("report.css").read_text(encoding="utf-8")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{esc(heading)}</title><style>{style}</style></head><body><main>"
-        f'<h1>{esc(heading)}</h1><p class="sub">{esc(labels)}</p>{"".join(body)}</main></body></html>\n'
+        f'<h1>{esc(heading)}</h1><p class="sub">{esc(subtitle)}</p>{body}</main></body></html>\n'
     )
+
+
+def plotted(key: str) -> bool:
+    """Whether a metric is drawn by :func:`training_curves`."""
+    return key in ("loss", "grad_norm/total", "tokens_per_s") or key.startswith(("lr/", "eval/"))
+
+
+def curves_page(folders: Sequence[str | Path]) -> str:
+    """A page with the training curves of runs and nothing else."""
+    names = ", ".join(Path(folder).name for folder in folders)
+    return _page("Training runs", names, training_curves(folders))
 
 
 def write_report(

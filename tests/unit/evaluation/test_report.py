@@ -241,3 +241,18 @@ def test_charts_leave_out_what_cannot_be_drawn():
     assert rows.count('class="bar"') == 1
     assert "50.0 ± 2.0" in rows
     assert charts.number(float("nan")) == "–"
+
+
+def test_training_curves_alone(runs, tmp_path):
+    import runpy
+    from pathlib import Path
+
+    tool = runpy.run_path(str(Path(__file__).resolve().parents[3] / "tools" / "plot_run.py"))[
+        "main"
+    ]
+    assert tool([str(runs[1]), "--out", str(tmp_path / "c.html")]) == 0
+    assert "Learning rate per group" in (tmp_path / "c.html").read_text()
+    lines = (tmp_path / "c.csv").read_text().splitlines()
+    assert lines[0] == "run,step,key,value"
+    assert len(lines) == 1 + 30 * 3
+    assert tool([str(tmp_path), "--out", str(tmp_path / "d.html")]) == 1

@@ -1,0 +1,48 @@
+r"""Training curves of one or several runs as one static page.
+
+    python tools/plot_run.py runs/stage1 runs/stage2 --out curves.html
+
+Loss, learning rate per group, gradient norm, speed, and evaluation during training, from each ``metrics.jsonl``.
+Also writes ``<out>.csv`` with the plotted values.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+from spatialvlm.errors import SpatialVLMError
+from spatialvlm.evaluation.report import curves_page, plotted
+from spatialvlm.evaluation.runs import read_metrics
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("curves.html"))
+    args = parser.parse_args(argv)
+    try:
+        page = curves_page(args.runs)
+        rows = [
+            [run.name, step["step"], key, step[key]]
+            for run in args.runs
+            for step in read_metrics(run)
+            for key in sorted(step)
+            if plotted(key) and isinstance(step[key], (int, float))
+        ]
+    except SpatialVLMError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(page, encoding="utf-8")
+    with args.out.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["run", "step", "key", "value"], *rows])
+    print(f"wrote {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
