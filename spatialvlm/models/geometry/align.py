@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,7 +20,9 @@ TemporalMerge = Literal["concat", "mean", "first"]
 TEMPORAL_MERGES = ("concat", "mean", "first")
 
 
-def to_merge_units(x: Float[Tensor, "T gh gw ..."], merge_size: int = 2) -> Float[Tensor, "N ..."]:
+def to_merge_units(
+    x: Shaped[Tensor, "T gh gw ..."], merge_size: int = 2
+) -> Shaped[Tensor, "N ..."]:
     """Raster order to merge-unit order.
 
     Raises:

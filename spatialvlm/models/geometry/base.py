@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Float, UInt8
@@ -16,6 +16,8 @@ from spatialvlm.sequence.sizes import Size, SizePolicy
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 """Statistics of ImageNet; DINOv2 and VGGT were trained with them."""
+
+EncoderT = TypeVar("EncoderT", bound="GeometryEncoder")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ class GeometryEncoder(nn.Module, ABC):
     @torch.no_grad()
     def forward(
         self,
-        videos: Sequence[UInt8[Tensor, "S 3 H W"]],
+        videos: Sequence[UInt8[Tensor, "_ 3 _ _"]],
         layers: Iterable[int] | None = None,
         return_special: bool = False,
     ) -> list[GeometryFeatures]:
@@ -141,11 +143,11 @@ class GeometryEncoder(nn.Module, ABC):
             )
         return tuple(sorted({k % self.num_layers for k in layers}))
 
-    def train(self, mode: bool = True) -> Self:  # noqa: ARG002  (an outer model.train() must not reach in)
+    def train(self: EncoderT, mode: bool = True) -> EncoderT:  # noqa: ARG002  (an outer model.train() must not reach in)
         """Stay in eval mode."""
         return super().train(False)
 
-    def freeze(self) -> Self:
+    def freeze(self: EncoderT) -> EncoderT:
         """Eval mode, no gradients."""
         return self.requires_grad_(False).eval()
 

@@ -107,7 +107,7 @@ class CachedEncoder(GeometryEncoder):
     @torch.no_grad()
     def forward(
         self,
-        videos: Sequence[UInt8[Tensor, "S 3 H W"]],
+        videos: Sequence[UInt8[Tensor, "_ 3 _ _"]],
         layers: Iterable[int] | None = None,
         return_special: bool = False,
     ) -> list[GeometryFeatures]:
