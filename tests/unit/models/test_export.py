@@ -1,5 +1,5 @@
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -74,15 +74,32 @@ def test_refusals(rig, checkpoints, tmp_path):
         export(checkpoints["qwen3vl"], tmp_path / "new", variant="2d", adapters=tmp_path)
 
 
-def test_command_line(checkpoints, tmp_path):
-    command = [
-        sys.executable,
-        "tools/export.py",
-        str(checkpoints["qwen3vl"]),
-        str(tmp_path / "out"),
-    ]
-    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "model.safetensors" in first.stdout
-    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert second.returncode == 2
-    assert "is not empty" in second.stderr
+def test_command_line(checkpoints, tmp_path, monkeypatch, capsys):
+    arguments = ["export.py", str(checkpoints["qwen3vl"]), str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    script = runpy.run_path(str(ROOT / "tools" / "export.py"))
+    assert script["main"]() == 0
+    assert "model.safetensors" in capsys.readouterr().out
+    assert script["main"]() == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_pushing_creates_a_private_repository(checkpoints, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    class Api:
+        def create_repo(self, repo, *, private, exist_ok):
+            calls.append(("create", repo, private))
+            return f"hub/{repo}"
+
+        def upload_folder(self, *, folder_path, repo_id):
+            calls.append(("upload", folder_path, repo_id))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    out = str(tmp_path / "out")
+    monkeypatch.setattr(
+        sys, "argv", ["export.py", str(checkpoints["qwen3vl"]), out, "--push", "me/model"]
+    )
+    assert runpy.run_path(str(ROOT / "tools" / "export.py"))["main"]() == 0
+    assert calls == [("create", "me/model", True), ("upload", out, "me/model")]
+    assert capsys.readouterr().out.endswith("hub/me/model\n")
