@@ -2,7 +2,7 @@
 
     python benchmarks/shared_prefix.py --json benchmarks/results/shared_prefix.json
     python benchmarks/shared_prefix.py --k 8 --prefix 1000 --family qwen3vl
-    python benchmarks/shared_prefix.py --device cuda --attention tree_flex --size large --k 2 4 8 16 --prefix 250 1000 4000
+    python benchmarks/shared_prefix.py --device cuda --attention tree_flex --dtype bfloat16 --prefix 250 1000 4000
 
 K questions of about --branch tokens ask about the same video of P visual tokens. Measured is forward plus backward of all
 parameters, vision encoder included: once as one pack with a shared prefix, once as K packs. "limit" is the ratio of
@@ -30,9 +30,6 @@ from spatialvlm.data.template import ChatTemplate, load_processor
 from spatialvlm.models.build import build_layout, build_model, cost_coefficients
 from spatialvlm.testing import make_checkpoint
 from spatialvlm.typing import KIND_VIDEO, Batch, ModalityFlags
-
-UNIT_TOKENS = 64
-"""Visual tokens per temporal unit: an 8 x 8 token grid."""
 
 
 @dataclass
@@ -106,7 +103,9 @@ def make_kit(args: argparse.Namespace) -> Kit:
     policy = MediaPolicy.from_processor(load_processor(folder))
     side = 8 * policy.factor
     if policy.rule != "square":
-        policy = policy.with_budget(min_pixels=side * side, max_pixels=side * side, max_frames=4096)
+        policy = policy.with_budget(
+            min_pixels=side * side, max_pixels=side * side, video_total_pixels=1 << 40
+        )
     return Kit(model, ChatTemplate.from_checkpoint(folder), policy, build_layout(folder), device)
 
 
@@ -159,11 +158,12 @@ def compare(kit: Kit, k: int, prefix: int, branch: int, repeats: int) -> dict[st
 def make_samples(kit: Kit, k: int, prefix: int, branch: int) -> list[Prepared]:
     """K questions about one random video of about ``prefix`` tokens."""
     rng = np.random.default_rng(0)
-    units = max(round(prefix / UNIT_TOKENS), 1)
+    square = kit.policy.rule == "square"
+    side = kit.policy.tile if square else 8 * kit.policy.factor
+    units = max(round(prefix / (side // kit.policy.factor) ** 2), 1)
     frames = units * kit.policy.temporal
     times = tuple(float(i) for i in range(frames))
     ref = MediaRef("video", "file", "v", frames=tuple(range(frames)))
-    side = 8 * kit.policy.factor if kit.policy.rule != "square" else kit.policy.tile
     info = plan_media(ref, MediaHeader((side, side), frames, 1.0, times, times), kit.policy)
     pixels = rng.integers(0, 255, (frames, *info.size, 3), dtype=np.uint8)
     medium = MediaPixels(KIND_VIDEO, info.grid, pixels, -1, None, "")
@@ -224,7 +224,7 @@ def gradients(kit: Kit, batches: list[Batch]) -> tuple[float, torch.Tensor]:
     for batch in batches:
         loss = kit.model(batch).loss_sum
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     parts = [p.grad.double().flatten().cpu() for p in kit.model.parameters() if p.grad is not None]
     return total, torch.cat(parts)
 

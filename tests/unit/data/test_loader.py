@@ -343,3 +343,63 @@ def test_diversity(tiny_checkpoint, toy_config, caplog):
     assert "distinct media, shared_prefix.min_media_per_step asks for 11" in caplog.text
     with pytest.raises(DataError, match=r"step \d+ holds \d+ distinct media"):
         list(build(toy_config(shared_prefix={**fewer, "diversity": "strict"}), folder))
+
+
+def test_media_are_decoded_once_per_step(tiny_checkpoint, toy_config):
+    loader = build(toy_config(step={"global_batch_size": 40}), tiny_checkpoint("qwen3vl"))
+    stores = [store for store, _ in loader.lengths.encoder.media]
+    cache = stores[0].cache
+    assert all(store.cache is cache for store in stores)
+    step = next(iter(loader))
+    distinct = {
+        (draw.source, ref)
+        for packs in step.plan.packs
+        for draw in packs[0].draws
+        for ref in loader.lengths.encoder.sample(draw.source, draw.row).media
+    }
+    assert cache.decoded == len(distinct)
+
+
+def test_budgets_of_one_source(tiny_checkpoint, toy_config):
+    """Pixel limits belong to a source, not to the process."""
+    small = toy_config(source_options={"media": {"max_pixels": 64 * 64, "num_frames": 2}})
+    loader = build(small, tiny_checkpoint("qwen3vl"))
+    plain = build(toy_config(), tiny_checkpoint("qwen3vl"))
+    ours, theirs = loader.lengths.records, plain.lengths.records
+    images = theirs[0]["images"] > 0
+    assert np.all(ours[0]["visual_tokens"][images] < theirs[0]["visual_tokens"][images])
+    assert ours[0]["frames"].max() == 2
+    assert np.array_equal(ours[1], theirs[1])
+
+
+def test_lengths_are_measured_once(tiny_checkpoint, toy_config, monkeypatch):
+    """Another mixture of the same data opens no file; another budget measures again."""
+    folder = tiny_checkpoint("qwen3vl")
+    build(toy_config(), folder)
+    measured = []
+    from spatialvlm.data.prepare import SampleEncoder
+
+    original = SampleEncoder.measure
+
+    def counting(self, *args):
+        measured.append(args)
+        return original(self, *args)
+
+    monkeypatch.setattr(SampleEncoder, "measure", counting)
+    build(toy_config(data={"families": {"spatial": 3, "general": 1}, "seed": 5}), folder)
+    assert measured == []
+    build(toy_config(data={"media": {"num_frames": 2}}), folder)
+    assert len(measured) == 44
+
+
+def test_lengths_measured_by_several_processes_are_equal(
+    tiny_checkpoint, toy_config, monkeypatch, tmp_path
+):
+    from spatialvlm.data import lengths as module
+
+    folder = tiny_checkpoint("qwen3vl")
+    one = build(toy_config(), folder).lengths.records
+    monkeypatch.setattr(module, "_CHUNK", 7)
+    config = toy_config(data={"index_dir": str(tmp_path / "other")})
+    two = build(config, folder, workers=2).lengths.records
+    assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
