@@ -1,5 +1,8 @@
 import hashlib
 import json
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from safetensors import safe_open
 from spatialvlm.testing import make_checkpoint, make_vggt
 from spatialvlm.testing.tokenizer import SPECIAL_TOKENS, token_ids
 
+ROOT = Path(__file__).resolve().parents[3]
 FAMILIES = ["qwen2_5vl", "qwen3vl", "internvl3"]
 
 
@@ -84,3 +88,19 @@ def test_config_file_is_the_hub_style_one(folders):
     config = json.loads((folders["qwen3vl"] / "config.json").read_text())
     assert config["text_config"]["rope_scaling"]["mrope_interleaved"] is True
     assert config["architectures"] == ["Qwen3VLForConditionalGeneration"]
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    arguments = ["make_tiny.py", str(tmp_path), "--size", "tiny", "--family", "internvl3"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(ROOT / "tools" / "make_tiny.py"))["main"]()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "tiny_internvl3",
+        "tiny_vggt.safetensors",
+    ]
+    assert "tiny_internvl3  1.2 MB" in capsys.readouterr().out
+
+
+def test_demo_sizes_stay_small(tmp_path):
+    folder = make_checkpoint("qwen3vl", tmp_path, size="demo")
+    assert 10e6 < (folder / "model.safetensors").stat().st_size < 20e6
