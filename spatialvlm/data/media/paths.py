@@ -12,7 +12,7 @@ _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 def check_name(path: str) -> None:
-    """Refuse names that are unsafe on some platform: NUL, URLs, drive letters, backslash roots.
+    """Refuse names that no file can have, or that are unsafe somewhere: NUL, URLs, drives, backslash roots.
 
     Raises:
         MediaError: ``refused_path``, naming the rule.
@@ -23,6 +23,10 @@ def check_name(path: str) -> None:
         raise MediaError(
             f"media path {path[:80]!r} is a URL, and URLs are off; download the file and give its local path",
             reason="refused_path",
+        )
+    if len(path) > 3000 or any(len(part.encode()) > 255 for part in path.split("/")):
+        raise MediaError(
+            f"media path {path[:80]!r}... is longer than file systems allow", reason="refused_path"
         )
     if path.startswith("\\") or (_SCHEME.match(path) and len(path.split(":", 1)[0]) == 1):
         raise MediaError(

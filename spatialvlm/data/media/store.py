@@ -136,9 +136,15 @@ class MediaStore:
         if ref.store in ("tar", "cell"):
             return self._embedded(ref)[0]
         path = self._resolve(ref.path)
+        try:
+            empty = path.is_file() and path.stat().st_size == 0
+        except OSError as error:  # a folder without permission
+            raise MediaError(
+                f"{str(path)[:200]} cannot be read: {error.strerror}", reason="missing"
+            ) from error
         if not path.is_file():
             raise paths.missing(path)
-        if path.stat().st_size == 0:
+        if empty:
             raise MediaError(f"{path} is empty", reason="not_an_image")
         return path
 

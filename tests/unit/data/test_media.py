@@ -85,6 +85,8 @@ class TestPaths:
             ("C:\\x", "drive"),
             ("\\\\host\\x", "root"),
             ("a\0b", "NUL"),
+            ("x" * 300 + ".png", "longer than file systems allow"),
+            ("x/" * 2000, "longer than file systems allow"),
         ],
     )
     def test_refused(self, tmp_path, path, says):
