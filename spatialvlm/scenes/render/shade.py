@@ -46,11 +46,11 @@ class TextureBank:
         return cls(tuple(levels))
 
     @cached_property
-    def flat(self) -> tuple[Float32, npt.NDArray[np.int64]]:
-        """All texels ``[N, 3]`` as factors, and where each level starts."""
+    def flat(self) -> tuple[UInt8, npt.NDArray[np.int64]]:
+        """All texels ``[N, 3]``, and where each level starts."""
         parts = [level.reshape(-1, 3) for level in self.levels]
         starts = np.cumsum([0, *(len(part) for part in parts[:-1])])
-        return np.concatenate(parts).astype(np.float32) / 128.0, starts
+        return np.concatenate(parts), starts
 
     def sample(
         self, texture: npt.NDArray[np.int64], u: Float32, v: Float32, texel_m: Float32
@@ -64,8 +64,10 @@ class TextureBank:
         side = size >> level
         column = (np.floor(u * scale).astype(np.int64) >> level) & (side - 1)
         row = (np.floor(v * scale).astype(np.int64) >> level) & (side - 1)
-        sampled: Float32 = texels[starts[level] + (texture * side + row) * side + column]
-        return sampled
+        picked = texels[starts[level] + (texture * side + row) * side + column]
+        factors: Float32 = picked.astype(np.float32)
+        factors *= np.float32(1 / 128)
+        return factors
 
 
 @dataclass(frozen=True, eq=False)

@@ -154,12 +154,16 @@ def texture_bank(seed: int) -> TextureBank:
     ring = np.abs(((x % 256) - 128) / 128), np.abs(((y % 256) - 128) / 128)
     tiles["rug"] = np.where((ring[0] + ring[1]) % 0.5 < 0.25, 1.12, 0.72) * fine
 
-    stack = np.stack(
-        [np.repeat(tiles.get(n, tiles["plain"])[..., None], 3, axis=2) for n in TEXTURES]
-    )
-    stack[TEXTURE_INDEX["books"]] = _books(rng)
-    stack[TEXTURE_INDEX["painting"]] = _painting(rng)
-    return TextureBank.from_tiles(np.clip(np.round(stack * 128), 0, 255).astype(np.uint8))
+    stack = np.empty((len(TEXTURES), TILE_PX, TILE_PX, 3), dtype=np.uint8)
+    for index, name in enumerate(TEXTURES):
+        tile = (
+            {"books": _books, "painting": _painting}[name](rng)
+            if name not in tiles
+            else tiles[name]
+        )
+        factors = tile if tile.ndim == 3 else tile[..., None]
+        stack[index] = np.clip(np.round(factors * 128), 0, 255)
+    return TextureBank.from_tiles(stack)
 
 
 def _books(rng: Generator) -> Array:

@@ -226,5 +226,5 @@ def draw_lighting(shell: Shell, placed: list[Placed], mesh: Mesh, rng: Generator
         origin,
         CELL_M / 2,
         exposure=float(2 ** rng.uniform(-0.3, 0.3)),
-        noise=float(rng.uniform(0.5, 2.0)),
+        noise=float(rng.uniform(0.3, 1.2)),
     )
