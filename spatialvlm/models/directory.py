@@ -212,21 +212,25 @@ def save(
         k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")
     }
     model.adapter.model.save_pretrained(folder, state_dict=backbone)
-    fusion = {
-        k.removeprefix("fusion."): v.contiguous().cpu()
-        for k, v in state.items()
-        if k.startswith("fusion.")
-    }
-    if fusion:
-        save_file(fusion, folder / SPATIAL_WEIGHTS, metadata={"format": "pt"})
-        (folder / SPATIAL_JSON).write_text(
-            json.dumps(_description(model), indent=2), encoding="utf-8"
-        )
+    save_spatial(model, folder, state)
     for pattern in COMPANIONS if model.source is not None else ():
         for file in model.source.glob(pattern) if model.source is not None else ():
             if file.parent.resolve() != folder.resolve():
                 shutil.copyfile(file, folder / file.name)
     return folder
+
+
+def save_spatial(model: SpatialVLM, folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Write the two files of the geometry branch; nothing without one."""
+    if model.fusion is None:
+        return
+    fusion = {
+        name.removeprefix("fusion."): tensor.contiguous().cpu()
+        for name, tensor in state.items()
+        if name.startswith("fusion.")
+    }
+    save_file(fusion, folder / SPATIAL_WEIGHTS, metadata={"format": "pt"})
+    (folder / SPATIAL_JSON).write_text(json.dumps(_description(model), indent=2), encoding="utf-8")
 
 
 def _description(model: SpatialVLM) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def export(
         target: New or empty directory.
         variant: ``2d`` drops the geometry branch; ``3d`` needs one.
         dtype: Convert the weights; ``None`` = as they are.
-        adapters: Directory of :func:`~spatialvlm.models.lora.save_adapters`, merged on the way (2D weights).
+        adapters: Directory of :func:`~spatialvlm.models.lora.save_adapters`, merged on the way; its fusion modules
+            replace those of ``source``.
 
     Raises:
         CheckpointError: ``source`` is no model directory, or ``target`` is not empty.
@@ -46,10 +47,15 @@ def export(
     origin, folder = Path(source), Path(target)
     config = require_config(origin)
     family = adapter_of(config["model_type"]).family
-    saved = saved_geometry(origin)
+    spatial = (
+        origin
+        if adapters is None or not (Path(adapters) / SPATIAL_JSON).is_file()
+        else Path(adapters)
+    )
+    saved = saved_geometry(spatial)
     if variant == "3d" and saved is None:
         raise ConfigError(
-            f"{origin} has no geometry branch ({SPATIAL_JSON} is missing); export it with variant 2d"
+            f"{spatial} has no geometry branch ({SPATIAL_JSON} is missing); export it with variant 2d"
         )
     if folder.exists() and any(folder.iterdir()):
         raise CheckpointError(
@@ -70,7 +76,7 @@ def export(
             shutil.copyfile(file, folder / file.name)
     if variant == "3d":
         for name in (SPATIAL_JSON, SPATIAL_WEIGHTS):
-            shutil.copyfile(origin / name, folder / name)
+            shutil.copyfile(spatial / name, folder / name)
     if dtype is not None:
         for file in folder.glob("*.safetensors"):
             _convert(file, DTYPES[dtype])

@@ -143,7 +143,10 @@ def merge_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tens
 def save_adapters(
     model: SpatialVLM, target: str | Path, *, state_dict: Mapping[str, Tensor] | None = None
 ) -> Path:
-    """Write only the adapters, in peft's format: ``PeftModel.from_pretrained(backbone, folder)`` loads them.
+    """Write only what trains beside the backbone: adapters in peft's format, and the fusion modules if there are any.
+
+    ``PeftModel.from_pretrained(backbone, folder)`` loads the adapters; ``tools/export.py --adapters`` merges everything
+    into a model directory.
 
     Args:
         model: With adapters.
@@ -153,6 +156,8 @@ def save_adapters(
     Raises:
         ConfigError: The model has no adapters.
     """
+    from spatialvlm.models.directory import save_spatial
+
     if not has_adapters(model):
         raise ConfigError("the model has no adapters to save; set lora in the recipe")
     folder = Path(target)
@@ -175,4 +180,5 @@ def save_adapters(
     settings["target_modules"] = sorted(settings["target_modules"])
     text = json.dumps(settings, indent=2, default=str, sort_keys=True)
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    save_spatial(model, folder, state)
     return folder

@@ -51,16 +51,18 @@ def test_3d_export_refers_to_the_encoder(rig, tmp_path):
     assert json.loads((half / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_adapters_merge_on_the_way(rig, tmp_path):
-    bench = rig("qwen3vl", lora=LoraConfig(r=4, alpha=8.0))
+@pytest.mark.parametrize("geometry", [None, {}], ids=["2d", "3d"])
+def test_adapters_merge_on_the_way(rig, geometry, tmp_path):
+    bench = rig("qwen3vl", geometry, lora=LoraConfig(r=4, alpha=8.0))
+    if geometry is not None:
+        bench.randomise_fusion()
     for parameter in adapter_tensors(bench.model).values():
         torch.nn.init.normal_(parameter, std=0.05)
     adapters = save_adapters(bench.model, tmp_path / "adapters")
-    folder = export(bench.folder, tmp_path / "out", variant="2d", adapters=adapters)
-    expected = bench.model(bench.pack()).loss_sum
-    torch.testing.assert_close(
-        SpatialVLM.from_pretrained(folder)(bench.pack()).loss_sum, expected, rtol=1e-5, atol=1e-4
-    )
+    variant = "2d" if geometry is None else "3d"
+    folder = export(bench.folder, tmp_path / "out", variant=variant, adapters=adapters)
+    found = SpatialVLM.from_pretrained(folder)(bench.pack()).loss_sum
+    torch.testing.assert_close(found, bench.model(bench.pack()).loss_sum, rtol=1e-5, atol=1e-4)
 
 
 def test_refusals(rig, checkpoints, tmp_path):
