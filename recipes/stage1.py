@@ -53,6 +53,7 @@ def main(config: TrainConfig, arguments: Arguments) -> None:
         run.base,
         config.geometry,
         attention=config.packing.attention,
+        liger=config.model.liger,
         head_rows=config.memory.head_rows,
         dtype=build.load_dtype(config),
         device=processes.device,
