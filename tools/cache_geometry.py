@@ -70,6 +70,11 @@ def main() -> int:
         f"{counts['groups']} groups of frames: {counts['misses']} computed, {counts['hits']} found, "
         f"{counts['corrupt']} damaged, {counts['evicted']} evicted; {counts['skipped']} rows skipped"
     )
+    if counts["evicted"]:
+        print(
+            f"geometry.cache.max_gb={config.geometry.cache.max_gb} does not hold all of it; training will recompute "
+            "what was evicted. Raise the budget, or use geometry.cache.dtype=fp8"
+        )
     return 0
 
 

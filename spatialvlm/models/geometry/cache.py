@@ -13,6 +13,7 @@ import logging
 import os
 import uuid
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -230,7 +231,8 @@ class CachedEncoder(GeometryEncoder):
             wrong = [name for name in expected if metadata.get(name) != expected[name]]
             self._discard(path, f"{', '.join(wrong) or 'metadata'} does not match")
             return None
-        os.utime(path)  # least recently used goes first
+        with suppress(FileNotFoundError):  # another process may just have evicted it
+            os.utime(path)  # least recently used goes first
         return {name: unpack(name, stored) for name in ("feat", "special") if name in stored}
 
     def _discard(self, path: Path, reason: str) -> None:

@@ -4,6 +4,8 @@ import pickle
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from spatialvlm.errors import AlignmentError, ConfigError
 from spatialvlm.sequence.layout import MediaItem, TokenLayout
@@ -186,6 +188,63 @@ def test_a_layout_can_be_sent_to_a_worker():
 def test_geometry_size_follows_the_policy():
     assert layout().geometry_size((480, 640), (26, 36)) is None
     assert layout(size=SizePolicy()).geometry_size((480, 640), (26, 36)) == (364, 504)
+
+
+@st.composite
+def conversations(draw):
+    """A family and random media of several groups, as its template writes them."""
+    family = draw(st.sampled_from(["qwen2_5vl", "qwen3vl", "internvl3"]))
+    tau = 1 if family == "internvl3" else 2
+    pieces, groups = [ids(1)], 0
+    scene = -1
+    for _ in range(draw(st.integers(1, 4))):
+        rows, cols = draw(st.sampled_from([(2, 2), (2, 4), (4, 2)]))
+        if draw(st.booleans()):
+            units, group = draw(st.integers(1, 3)), draw(st.sampled_from([-1, groups]))
+            medium = MediaItem("video", (units, rows, cols), (0.0,) * units * tau, 1.0, group)
+            groups += group >= 0
+        else:
+            if draw(st.booleans()) and scene < 0:
+                scene, groups = groups, groups + 1
+            medium = MediaItem("image", (1, rows, cols), group=draw(st.sampled_from([-1, scene])))
+        pieces += [medium] if family == "internvl3" else [ids(START), medium, ids(END)]
+        pieces.append(ids(*draw(st.lists(st.integers(1, 9), max_size=3))))
+    return family, pieces
+
+
+@settings(max_examples=80, deadline=None)
+@given(conversations(), st.sampled_from(["interleaved", "sequential", "in_place"]), st.booleans())
+def test_any_conversation(conversation, insertion, camera):
+    family, pieces = conversation
+    lay = layout(family, insertion, camera_token=camera and insertion != "in_place")
+    ours = lay.expand(pieces, encode_text)
+    stock = layout(family, "none").expand(pieces, encode_text)
+    spatial = ours.token_kind >= KIND_SPATIAL
+    # Counts are those announced before decoding.
+    media = [piece for piece in pieces if isinstance(piece, MediaItem)]
+    assert spatial.sum() == sum(lay.count(item)[1] for item in media)
+    # Without spatial tokens (and the markers of sequential runs) the stock sequence remains.
+    if insertion == "sequential":
+        assert np.array_equal(
+            ours.input_ids[np.isin(ours.token_kind, (KIND_IMAGE, KIND_VIDEO))],
+            stock.input_ids[np.isin(stock.token_kind, (KIND_IMAGE, KIND_VIDEO))],
+        )
+    else:
+        assert np.array_equal(ours.input_ids[~spatial], stock.input_ids)
+        assert np.array_equal(ours.token_kind[~spatial], stock.token_kind)
+    # Units of a group appear in order, each behind its visual tokens.
+    runs = [s for s in lay.segments(pieces, encode_text) if isinstance(s, tuple)]
+    blocks = [block for run in runs for block in run]
+    assert sum(block.num_tokens for block in blocks) == (ours.token_kind > 0).sum()
+    seen = 0
+    for block in blocks:
+        seen += 1 if block.kind in (KIND_IMAGE, KIND_VIDEO) else 0
+        seen -= 1 if block.kind == KIND_SPATIAL else 0
+        assert seen >= 0
+    # Positions never run backwards from one run or text to the next.
+    if lay.num_position_rows == 4:
+        text = ours.position_ids[1, ours.token_kind == KIND_TEXT]
+        assert (np.diff(text) > 0).all()
 
 
 # --- bad input --------------------------------------------------------------------------------------

@@ -260,6 +260,18 @@ def test_disk_budget_evicts_the_least_recently_used(encoder, tmp_path):
     assert cache.stats.misses == 2
 
 
+def test_an_entry_may_be_evicted_while_it_is_read(encoder, tmp_path, monkeypatch):
+    expected = CachedEncoder(encoder, tmp_path)(VIDEOS)
+
+    def gone(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(cache_module.os, "utime", gone)
+    cache = CachedEncoder(encoder, tmp_path)
+    assert same(cache(VIDEOS), expected)
+    assert cache.stats.hits == 4
+
+
 def test_an_entry_above_the_whole_budget_is_not_stored(encoder, tmp_path):
     cache = CachedEncoder(encoder, tmp_path, max_gb=1e-6)
     assert same(cache(VIDEOS), encoder(VIDEOS))
