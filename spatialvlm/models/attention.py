@@ -17,6 +17,7 @@ either ignore the segments or cut branches from their prefix, without a word.
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cached_property
@@ -291,23 +292,27 @@ def _varlen_kernel() -> Callable[..., Tensor]:
         return flash
     from torch.nn.attention.varlen import varlen_attn
 
+    known = inspect.signature(
+        varlen_attn
+    ).parameters  # its options changed between torch 2.10 and 2.15
+
     def native(q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, q_max: int, k_max: int,
                scale: float | None, causal: bool = True) -> Tensor:  # fmt: skip
+        options: dict[str, Any] = {"scale": scale} if "scale" in known else {}
+        if "scale" not in known and scale is not None:
+            q = q * (scale * q.shape[-1] ** 0.5)
+        if "window_size" in known:
+            options["window_size"] = (-1, 0) if causal else (-1, -1)
+        else:
+            options["is_causal"] = causal
+        repeats = q.shape[1] // k.shape[1]
+        if repeats > 1 and "enable_gqa" in known:
+            options["enable_gqa"] = True
+        elif repeats > 1:
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         q, k, v = (x.contiguous() for x in (q, k, v))
-        window = (-1, 0) if causal else (-1, -1)
-        grouped = q.shape[1] != k.shape[1]
-        output = varlen_attn(
-            q,
-            k,
-            v,
-            q_ends,
-            k_ends,
-            q_max,
-            k_max,
-            scale=scale,
-            window_size=window,
-            enable_gqa=grouped,
-        )
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            output = varlen_attn(q, k, v, q_ends, k_ends, q_max, k_max, **options)
         assert isinstance(output, Tensor)
         return output
 
