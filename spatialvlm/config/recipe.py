@@ -86,6 +86,14 @@ class TrainConfig(Section):
                     "there is no geometry branch; remove the rate or set geometry.encoder",
                 )
             )
+        found += [
+            (
+                f"data.sources.{source.name}.geometry",
+                "'on' needs an encoder; set geometry.encoder, or use 'auto'",
+            )
+            for source in self.data.sources
+            if source.geometry == "on" and not has_geometry
+        ]
         rates = self.optim.lr_by_part()
         if all(rate is None for rate in rates.values()):
             found.append(

@@ -76,6 +76,7 @@ def test_missing_required_key(recipe):
             ["stage=2", "geometry.camera_token=true", "geometry.insertion=in_place"],
             "geometry.camera_token",
         ),
+        (["data.sources.0.geometry='on'"], "data.sources.a.geometry"),
         (["data.length.samples=5", "data.length.epochs=1"], "data.length"),
         (["data.families.general=1"], "data.families.general"),
         (["data.sources.0.family=other"], "data.sources.a.family"),
