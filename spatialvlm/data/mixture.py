@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -229,13 +229,14 @@ class Mixture:
         self.drawn_rows = {source.name: _num_chosen(source) for source in sources}
         """Rows of every source that can be drawn, after ``fraction`` and ``max_samples``."""
         self.lanes: list[Lane] = []
-        built = [
+        self._families = [
             self._family(name, sources, unit, curriculum_buckets) for name in self.family_names
         ]
-        self._families = [levels for levels, _ in built]
         weights = [_fraction(families[name]) for name in self.family_names]
         if unit == "tokens":
-            weights = [w / Fraction(mean) for w, (_, mean) in zip(weights, built, strict=True)]
+            for n, level in enumerate(self._families):
+                mean = self._average(level, lambda lane: _mean_tokens(sources[lane.source]))
+                weights[n] /= Fraction(mean)
         self._tree = SplitTree(weights)
         self._family_of = tuple(source.family for source in sources)
         self._capability_ids = [source.capability for source in sources]
@@ -379,19 +380,35 @@ class Mixture:
 
         A row without media counts as one of its own.
         """
-        total = 0.0
-        weights = self._tree.weights
-        for weight, level in zip(weights, self._families, strict=True):
-            total += draws * weight / sum(weights) * self._media_per_draw(level)
-        return total
+        shares = [weight / sum(self._tree.weights) for weight in self._tree.weights]
+        return draws * sum(
+            share * self._average(level, lambda lane: 1 / lane.size)
+            for share, level in zip(shares, self._families, strict=True)
+        )
 
-    def _media_per_draw(self, level: _Level | int) -> float:
+    def epochs(self, position: int) -> dict[str, float]:
+        """How often every source has been read before ``position``, in passes over its drawn rows."""
+        draws = dict.fromkeys(self.source_names, 0)
+
+        def walk(level: _Level | int, slots: int) -> None:
+            if isinstance(level, int):
+                draws[self.source_names[self.lanes[level].source]] += slots * self.branches
+            else:
+                for child, inner in zip(level.children, level.tree.counts(slots), strict=True):
+                    walk(child, inner)
+
+        for level, q in zip(self._families, self._tree.counts(position), strict=True):
+            walk(level, q // self.branches)
+        return {name: n / rows for name, n in draws.items() if (rows := self.drawn_rows[name])}
+
+    def _average(self, level: _Level | int, value: Callable[[Lane], float]) -> float:
+        """Mean of a lane's value over the draws of a level."""
         if isinstance(level, int):
-            return 1 / self.lanes[level].size
+            return value(self.lanes[level])
         weights = level.tree.weights
         return sum(
-            w / sum(weights) * self._media_per_draw(child)
-            for w, child in zip(weights, level.children, strict=True)
+            weight / sum(weights) * self._average(child, value)
+            for weight, child in zip(weights, level.children, strict=True)
         )
 
     def _active_families(
@@ -413,8 +430,8 @@ class Mixture:
 
     def _family(
         self, name: str, sources: Sequence[SourceRows], unit: str, buckets: int
-    ) -> tuple[_Level | int, float]:
-        """Levels below one family, and its mean tokens per draw (1 when weights count samples)."""
+    ) -> _Level | int:
+        """Levels below one family."""
         mine = [
             i for i, s in enumerate(sources) if s.family == name and s.weight != 0 and s.repeat > 0
         ]
@@ -427,27 +444,20 @@ class Mixture:
             c for c in self._capabilities if any(c in sources[i].capabilities for i in mine)
         ]
         if capabilities:
-            return self._split_by_capability(name, sources, mine, capabilities, buckets), 1.0
-        children, weights, means = [], [], []
+            return self._split_by_capability(name, sources, mine, capabilities, buckets)
+        children, weights = [], []
         for i in mine:
             source, rows = sources[i], self.drawn_rows[sources[i].name]
-            mean = source.mean_tokens if unit == "tokens" else 1.0
             if not rows:
                 raise ConfigError(f"source {source.name} has no row to draw.")
-            if mean is None:
-                raise ConfigError(
-                    f"unit: tokens needs exact lengths; source {source.name} has none."
-                )
             weight = _fraction(source.repeat) * rows
             if source.weight is not None:
-                weight = _fraction(source.weight) / Fraction(mean)
+                weight = _fraction(source.weight)
+                if unit == "tokens":
+                    weight /= Fraction(_mean_tokens(source))
             children.append(self._lanes(source, i, None, f"{name}/{source.name}", buckets)[0])
             weights.append(weight)
-            means.append(mean)
-        mean = float(
-            sum(w * Fraction(m) for w, m in zip(weights, means, strict=True)) / sum(weights)
-        )
-        return _level(children, weights), mean
+        return _level(children, weights)
 
     def _split_by_capability(
         self,
@@ -536,9 +546,9 @@ class Mixture:
         weights = self._tree.weights
         ideal = -(-target * sum(weights) // weights[leaf])
         # the family has been drawn `target` times in a range of lengths; take the one nearest the ideal
-        while self._tree.count(leaf, ideal) < target:
+        while self._tree.counts(ideal)[leaf] < target:
             ideal += 1
-        while self._tree.count(leaf, ideal) > target:
+        while self._tree.counts(ideal)[leaf] > target:
             ideal -= 1
         return ideal
 
@@ -618,6 +628,12 @@ def _check_source(source: SourceRows, families: Mapping[str, float]) -> None:
         raise ConfigError(f"{where}: max_samples must be at least 1, got {source.max_samples}.")
     if source.weight is not None:
         _check_weights(f"sources.{source.name}", {"weight": source.weight})
+
+
+def _mean_tokens(source: SourceRows) -> float:
+    if source.mean_tokens is None:
+        raise ConfigError(f"unit: tokens needs exact lengths; source {source.name} has none.")
+    return source.mean_tokens
 
 
 def _num_chosen(source: SourceRows) -> int:

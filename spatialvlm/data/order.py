@@ -212,16 +212,17 @@ class SplitTree:
         walk(self._root, np.arange(len(q)), np.asarray(q, np.int64))
         return leaf, inner
 
-    def count(self, leaf: int, q: int) -> int:
-        """How many of the first ``q`` draws go to ``leaf``."""
+    def counts(self, q: int) -> list[int]:
+        """How many of the first ``q`` draws go to every leaf."""
+        found = [0] * len(self.weights)
 
-        def walk(node: _Node | int, q: int) -> int | None:
-            if not isinstance(node, _Node):
-                return q if node == leaf else None
-            count = _count_left(q, node.left_weight, node.total)
-            inside = walk(node.left, count)
-            return inside if inside is not None else walk(node.right, q - count)
+        def walk(node: _Node | int, q: int) -> None:
+            if isinstance(node, _Node):
+                left = _count_left(q, node.left_weight, node.total)
+                walk(node.left, left)
+                walk(node.right, q - left)
+            else:
+                found[node] = q
 
-        found = walk(self._root, q)
-        assert found is not None, f"no leaf {leaf}"
+        walk(self._root, q)
         return found

@@ -233,3 +233,5 @@ class Shares:
     """None while lengths are not measured; likewise the next two."""
     label_tokens: Mapping[str, int] | None = None
     patches: Mapping[str, int] | None = None
+    epochs: Mapping[str, float] | None = None
+    """Passes over every source up to the end of the range, by source name."""

@@ -74,6 +74,7 @@ class Recorder:
         self._finite: list[Tensor] = []
         self._window: list[tuple[int, list[list[str]]]] = []
         self._shares: dict[str, dict[str, float]] = {}
+        self._epochs: dict[str, float] = {}
         self._started = time.perf_counter()
 
     def due(self, step: int) -> bool:
@@ -107,6 +108,7 @@ class Recorder:
 
     def _add_shares(self, source: Any) -> None:
         shares = getattr(source, "shares", None)
+        self._epochs = dict(getattr(shares, "epochs", None) or {})
         for unit in ("samples", "tokens", "label_tokens", "patches"):
             counts = getattr(shares, unit, None)
             if counts:
@@ -173,6 +175,7 @@ class Recorder:
                     if total
                 }
         self._shares = {}
+        scalars |= {f"data/epoch/{name}": value for name, value in self._epochs.items()}
         self.last = scalars
         if self.trackers is not None:
             self.trackers.log(state.step - 1, scalars)

@@ -211,6 +211,31 @@ def test_token_weights():
         Mixture([rows("s")], {"spatial": 1}, unit="tokens", samples=1)
 
 
+def test_token_weights_of_capabilities():
+    capability = np.array([0] * 50 + [1] * 50, np.int16)
+    both = rows("s", capability=capability, capabilities=("a", "b"), mean_tokens=300.0)
+    long = rows("l", capability=capability, capabilities=("b", "c"), mean_tokens=500.0)
+    other = rows("g", "general", mean_tokens=400.0)
+    order = Mixture(
+        [both, long, other],
+        {"spatial": 1, "general": 1},
+        unit="tokens",
+        capabilities={"a": 1, "b": 1},
+        samples=1,
+    )
+    draws = order.draws(0, 10_000)["source"]
+    tokens = [300 * (draws == 0).sum() + 500 * (draws == 1).sum(), 400 * (draws == 2).sum()]
+    assert tokens[0] == pytest.approx(tokens[1], rel=2e-3)
+
+
+def test_epochs_of_sources():
+    sources = [rows("s", groups=[8] * 20), rows("t", groups=[1] * 40), rows("g", "general")]
+    order = Mixture(sources, {"spatial": 1, "general": 1}, branches=8, samples=1)
+    drawn = np.bincount(order.draws(0, 3000)["source"])
+    for name, count, total in zip("stg", drawn, (160, 40, 100), strict=True):
+        assert order.epochs(3000)[name] == pytest.approx(count / total, abs=8 / total)
+
+
 def test_curriculum_goes_from_easy_to_hard_and_shuffles_inside():
     difficulty = np.linspace(1, 0, 1000).astype(np.float32)
     difficulty[:50] = np.nan
