@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from spatialvlm.data.encode import OverlongPolicy
 from spatialvlm.data.faults import Quarantine
 from spatialvlm.data.formats import SourceAttrs
@@ -130,6 +132,7 @@ def build_data(
         prefetch_steps=config.loader.prefetch_steps,
         prefetch_mb=config.loader.prefetch_mb,
         timeout_s=config.loader.timeout_s,
+        pin_memory=torch.cuda.is_available(),
         quarantine=build_quarantine(config, encoder, world),
         state=state,
     )
