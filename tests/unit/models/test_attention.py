@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from spatialvlm.errors import ConfigError, IsolationError
+from spatialvlm.models import attention
 from spatialvlm.models.attention import MASK_LIMIT, Tree, choose, tree_mask, tree_sdpa, varlen_sdpa
 
 TREE = Tree([0, 5, 8, 12, 18], [5, 3, 4, 6, 2], [-1, 0, 0, -1, 3])
@@ -133,3 +134,71 @@ def test_kernels_equal_the_dense_mask(name):
     wanted = torch.autograd.grad((expected * weight).sum(), qkv)
     for a, b in zip(found, wanted, strict=True):
         assert (a - b).float().norm() / b.float().norm() < 2e-2
+
+
+def packed_reference(q, k, v, q_ends, k_ends, causal):
+    """Attention of ragged sequences ``[T, heads, dim]``, causal to the lower right."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    outputs = []
+    for i in range(len(q_ends) - 1):
+        own = slice(q_ends[i], q_ends[i + 1]), slice(k_ends[i], k_ends[i + 1])
+        parts = [
+            x[s].transpose(0, 1) for x, s in zip((q, k, v), (own[0], own[1], own[1]), strict=True)
+        ]
+        rows, columns = parts[0].shape[1], parts[1].shape[1]
+        mask = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows) if causal else None
+        outputs.append(
+            nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask).transpose(0, 1)
+        )
+    return torch.cat(outputs)
+
+
+def new_api(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+):
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    return packed_reference(query, key, value, cu_seq_q, cu_seq_k, window_size == (-1, 0))
+
+
+def old_api(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
+    assert query.shape[1] == key.shape[1]
+    return packed_reference(query, key, value, cu_seq_q, cu_seq_k, is_causal)
+
+
+@pytest.mark.parametrize("api", [new_api, old_api])
+def test_flash_path_gathers_and_passes_the_right_options(monkeypatch, api):
+    """The kernel itself needs a GPU; around it stands a reference with the signatures of torch 2.15 and 2.10."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", api)
+    monkeypatch.setattr(attention, "find_spec", lambda name: None)
+    qkv = random_qkv(TREE.total, requires_grad=True)
+    tree = Tree(TREE.start, TREE.length, TREE.parent)
+    scale = qkv[0].shape[-1] ** -0.5
+    output, _ = attention.tree_flash(layer(), *qkv, None, scaling=scale, tree=tree)
+    expected, _ = tree_mask(layer(), *qkv, None, tree=tree)
+    torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-5)
+    weight = torch.randn_like(output)
+    found = torch.autograd.grad((output * weight).sum(), qkv)
+    wanted = torch.autograd.grad((expected * weight).sum(), qkv)
+    for a, b in zip(found, wanted, strict=True):  # copies of a prefix add up
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-5)
+
+
+def test_flex_path_masks_by_segment(monkeypatch):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setitem(attention._COMPILED, "flex", flex_attention)
+    qkv = random_qkv(TREE.total)
+    tree = Tree(TREE.start, TREE.length, TREE.parent)
+    output, _ = attention.tree_flex(layer(), *qkv, None, tree=tree)
+    expected, _ = tree_mask(layer(), *qkv, None, tree=tree)
+    torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-5)
