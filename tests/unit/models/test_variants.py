@@ -59,9 +59,25 @@ def tied(config):
     config["tie_word_embeddings"] = True
 
 
+def hub_style(config):
+    """Released Qwen2.5-VL checkpoints keep the language model's settings at the top level."""
+    text = config.pop("text_config")
+    text.pop("model_type")
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": text["rope_scaling"]["mrope_section"]}
+    config |= text
+    config["vision_config"]["in_chans"] = config["vision_config"].pop("in_channels")
+    config["vision_config"].pop("model_type")
+
+
 @pytest.mark.parametrize(
     ("family", "change"),
-    [("qwen3vl", experts), ("internvl3", internvl3_5), ("qwen3vl", untied), ("qwen2_5vl", tied)],
+    [
+        ("qwen3vl", experts),
+        ("internvl3", internvl3_5),
+        ("qwen3vl", untied),
+        ("qwen2_5vl", tied),
+        ("qwen2_5vl", hub_style),
+    ],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_variant_loads_isolates_and_trains(checkpoints, tiny_vggt, tmp_path, family, change):
