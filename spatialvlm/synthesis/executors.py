@@ -73,7 +73,8 @@ def _run_ray(
     if started:
         ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
     try:
-        remote = ray.remote(num_cpus=1)(function)
+        # Ray takes plain functions only, and `function` may be a partial.
+        remote = ray.remote(num_cpus=1)(lambda item: function(item))
         waiting = list(items)
         running = [remote.remote(waiting.pop(0)) for _ in range(min(workers, len(waiting)))]
         while running:

@@ -20,16 +20,22 @@ TURNS = {"left": (60.0, 120.0), "right": (-120.0, -60.0), "back": (150.0, 210.0)
 TURN_WORDS = tuple(TURNS)
 
 
+def floor_z(ctx: SceneContext) -> float:
+    """Height of the floor in the world."""
+    room = ctx.scene.room
+    return room.floor_z if room is not None else 0.0
+
+
 def blocks_floor(ctx: SceneContext, obj: int) -> bool:
     """Whether a robot cannot pass: flat things and things overhead do not count."""
     low, high = ctx.z_range[obj]
-    return high >= FLAT_M and low <= OVERHEAD_M
+    floor = floor_z(ctx)
+    return high - floor >= FLAT_M and low - floor <= OVERHEAD_M
 
 
 def stands_on_floor(ctx: SceneContext, obj: int) -> bool:
     """Whether a robot can walk up to an object: it stands on the floor and is an obstacle."""
-    floor = ctx.scene.room.floor_z if ctx.scene.room is not None else 0.0
-    low = ctx.z_range[obj][0] - floor
+    low = ctx.z_range[obj][0] - floor_z(ctx)
     return blocks_floor(ctx, obj) and low <= 0.2 and ctx.objects[obj].support_parent is None
 
 

@@ -10,6 +10,7 @@ from numpy.random import Generator
 
 from spatialvlm.scenes.transforms import Array, wrap_deg
 from spatialvlm.synthesis.context import SceneContext, View, require, require_range, tightest
+from spatialvlm.synthesis.marks import PALETTE
 from spatialvlm.synthesis.rows import QA, Args, Derived, Margin, Reason, Reject
 from spatialvlm.synthesis.tasks.base import Task, mixed_pairs, take_turns, view_chains
 from spatialvlm.synthesis.tasks.measure import VISIBLE, metric_unit
@@ -380,12 +381,7 @@ def see_point(depth: Array, view: View, point: Array) -> Array:
     """
     pixels, z = view.camera.project(point)
     pixel = pixels[0]
-    width, height = view.camera.width, view.camera.height
-    border = BORDER * min(width, height)
-    inside = (
-        z[0] > 0 and border <= pixel[0] < width - border and border <= pixel[1] < height - border
-    )
-    if not inside:
+    if z[0] <= 0 or not inside_border(view, pixel):
         raise Reject(Reason.NO_OVERLAP)
     measured = float(depth[int(pixel[1]), int(pixel[0])])
     if abs(measured - z[0]) > max(POINT_TOLERANCE_M, POINT_TOLERANCE_RATIO * z[0]):
@@ -395,6 +391,13 @@ def see_point(depth: Array, view: View, point: Array) -> Array:
     if np.hypot(*(cycle - pixel)) > CYCLE_PX:
         raise Reject(Reason.OCCLUDED, "cycle")
     return np.asarray(pixel)
+
+
+def inside_border(view: View, pixel: Sequence[float]) -> bool:
+    """Whether a pixel keeps 2 % of the shorter image side from the border."""
+    width, height = view.camera.width, view.camera.height
+    border = BORDER * min(width, height)
+    return border <= pixel[0] < width - border and border <= pixel[1] < height - border
 
 
 class CorrPoint(Task):
@@ -434,6 +437,8 @@ class CorrPoint(Task):
         obj = args["objects"][0]
         ctx.require_clean(one, (obj,))
         ctx.require_clean(two, (obj,))
+        if not inside_border(one, args["point"]):
+            raise Reject(Reason.NO_OVERLAP, "the point lies at the border of view 1")
         pixel, world = correspond(ctx, one, two, args["point"])
         if ctx.objects[obj].box.distance_to_point(world) > 0.05:
             raise Reject(Reason.OCCLUDED, "the point is not on the object")
@@ -468,8 +473,8 @@ class CorrPoint(Task):
     def phrase(self, ctx: SceneContext, args: Args, derived: Derived, write: Writer) -> QA:
         """Candidates are four points of different colours in view 2; options are their names."""
         write.show([ctx.frame_of[frame] for frame in args["frames"]])
-        colours = write.draws.shuffled(["red", "blue", "green", "yellow", "purple"])
-        source, *names = colours
+        own = ctx.objects[args["objects"][0]].color_name
+        source, *names = write.draws.shuffled([name for name in PALETTE if name != own])[:5]
         write.marks.append(_point(0, source, args["point"]))
         spots = [derived.answer, *args["wrong"]]
         write.marks += [_point(1, names[i], spot) for i, spot in enumerate(spots)]
