@@ -20,8 +20,9 @@ import numpy as np
 
 from spatialvlm.data.formats import SourceAttrs
 from spatialvlm.data.index import build_index
-from spatialvlm.data.mixture import Mixture, SourceRows
+from spatialvlm.data.mixture import Mixture
 from spatialvlm.data.sources import Source
+from spatialvlm.data.units import SourceRows
 
 ROWS_PER_VIDEO = 47
 

@@ -18,13 +18,14 @@ from spatialvlm.data.lengths import LengthTable
 from spatialvlm.data.loader import StepComposition, StepLoader
 from spatialvlm.data.media.plan import MediaPolicy
 from spatialvlm.data.media.store import FrameCache, MediaStore
-from spatialvlm.data.mixture import Mixture, SourceRows, mixture_for_steps
+from spatialvlm.data.mixture import Mixture, mixture_for_steps
 from spatialvlm.data.plan import PackingArgs
 from spatialvlm.data.prepare import SampleEncoder, SourceMedia
 from spatialvlm.data.record import data_record, write_record
 from spatialvlm.data.sample import CoordConvention, World
 from spatialvlm.data.sources import Source, check_sources
 from spatialvlm.data.template import ChatTemplate, load_processor
+from spatialvlm.data.units import SourceRows
 from spatialvlm.errors import ConfigError, DataError
 from spatialvlm.sequence.layout import TokenLayout
 from spatialvlm.typing import CostCoefficients

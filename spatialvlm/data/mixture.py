@@ -1,163 +1,36 @@
 """Sources, weights, and a seed -> the order of training, one draw per position.
 
-Levels: position -> family -> slot of ``B`` draws -> [capability] -> source -> lane -> unit -> row. A
-*lane* holds the units of one size of one source; rows on the same media are cut into units of B, B/2,
-..., 1 rows, and a slot of lane k is filled by B / k units. So every position can be computed alone, rows
-of one unit stand next to each other, and each row is drawn once per epoch of its lane.
+Levels: position -> family -> slot of ``B`` draws -> [capability] -> source -> lane -> unit -> row. A slot
+of a lane of size k is filled by B / k units, so every position can be computed alone, rows of one unit
+stand next to each other, and each row is drawn once per epoch of its lane.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import math
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from spatialvlm.data.order import SplitTree, permute, permute_array, round_keys
+from spatialvlm.data.order import SplitTree
 from spatialvlm.data.sample import DRAW_DTYPE, Draw, Shares
-from spatialvlm.errors import ConfigError, DataError, StateError
+from spatialvlm.data.units import (
+    Lane,
+    SourceRows,
+    UnitRows,
+    build_units,
+    digest,
+    mask_digest,
+    num_chosen,
+)
+from spatialvlm.errors import ConfigError, StateError
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from spatialvlm.data.sample import DrawArray
     from spatialvlm.typing import IntArray
-
-
-@dataclass(frozen=True)
-class SourceRows:
-    """What the order needs to know of one source. Arrays have one entry per row of its table."""
-
-    name: str
-    family: str
-    prefix_key: npt.NDArray[np.uint64]
-    """Rows with equal keys share media; 0 = drawn singly."""
-    eligible: npt.NDArray[np.bool_]
-    content_key: str = ""
-    """Identity of the rows, part of the order's fingerprint."""
-    weight: float | None = None
-    """Share inside the family; None = eligible rows times ``repeat``."""
-    repeat: float = 1.0
-    fraction: float = 1.0
-    max_samples: int | None = None
-    capability: npt.NDArray[np.int16] | None = None
-    capabilities: tuple[str, ...] = ()
-    mean_tokens: float | None = None
-    """Mean tokens of the eligible rows; needed for ``unit: tokens``."""
-    difficulty: npt.NDArray[np.float32] | None = None
-    """Key of the curriculum, small = early; NaN = unknown."""
-    row_group: IntArray | None = None
-    """Part of the file a row is decoded with; parts are shuffled whole, rows inside them. None = no parts."""
-    cache_dir: Path | None = None
-    """Where units are kept between runs, memory-mapped; None = in memory."""
-
-
-class UnitRows:
-    """Rows of all units of a lane, ``[units, size]``; memory-mapped, and pickled by path, if from a file.
-
-    Args:
-        source: The array, or the ``.npy`` file that holds it.
-    """
-
-    def __init__(self, source: IntArray | Path) -> None:
-        self._source = source
-
-    @functools.cached_property
-    def array(self) -> IntArray:
-        """Integers ``[units, size]``."""
-        if isinstance(self._source, Path):
-            mapped: IntArray = np.load(self._source, mmap_mode="r")
-            return mapped
-        return self._source
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_source": self._source}
-
-
-@dataclass(frozen=True, slots=True)
-class Lane:
-    """All units of one size of one source (and capability), in file order."""
-
-    source: int
-    capability: str | None
-    size: int
-    """Rows per unit."""
-    num_units: int
-    units: UnitRows
-    stream: str
-    """Name of its shuffle."""
-    buckets: tuple[int, ...]
-    """First unit of every bucket, and the number of units: one bucket, those of the curriculum, or one
-    per row group."""
-    bucket_order: Literal["fixed", "shuffled"] = "fixed"
-    """Curriculum buckets are drawn in order, row groups in another order each epoch."""
-
-    @property
-    def rows(self) -> IntArray:
-        """Integers ``[units, size]``: rows of the source's table."""
-        return self.units.array
-
-
-_ROWS_AT_ONCE = 1 << 20
-"""Rows that are grouped together, to bound the memory of large sources."""
-
-
-def cut_units(prefix_key: npt.NDArray[np.uint64], rows: IntArray, size: int) -> dict[int, IntArray]:
-    """Cut rows with equal keys into units of ``size``, ``size / 2``, ..., 1 rows.
-
-    Args:
-        prefix_key: ``[rows of the table]``; 0 = alone.
-        rows: int64 ``[n]``, ascending: the rows to cut.
-        size: Largest unit, a power of two.
-
-    Returns:
-        Unit size -> int64 ``[units, size]``, in file order. Thirteen rows at ``size`` 8 give 8 + 4 + 1.
-    """
-    keys = prefix_key[rows]
-    single = keys == 0 if size > 1 else np.ones(len(rows), np.bool_)
-    found: dict[int, list[IntArray]] = {1: [rows[single][:, None]]}
-    parts = 1 + len(rows) // _ROWS_AT_ONCE
-    for part in range(parts):
-        mine = np.flatnonzero(~single & (keys % np.uint64(parts) == part))
-        for k, pieces in _cut_groups(rows[mine], keys[mine], size):
-            found.setdefault(k, []).append(pieces)
-    units: dict[int, IntArray] = {}
-    for k, pieces_of_k in found.items():
-        joined = np.concatenate(pieces_of_k)
-        if len(joined):
-            units[k] = joined[np.argsort(joined[:, 0], kind="stable")]
-    return units
-
-
-def _cut_groups(
-    rows: IntArray, keys: npt.NDArray[np.uint64], size: int
-) -> Iterator[tuple[int, IntArray]]:
-    """Pieces ``[n, k]`` of rows with equal keys, for k = ``size``, ``size / 2``, ..., 1."""
-    if not len(rows):
-        return
-    order = np.argsort(keys, kind="stable")
-    rows, keys = rows[order], keys[order]
-    starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
-    counts = np.diff(np.r_[starts, len(rows)])
-    rank = np.arange(len(rows)) - np.repeat(starts, counts)
-    total = np.repeat(counts, counts)
-    done = np.zeros(len(rows), np.int64)  # rows of the group in larger pieces
-    k = size
-    while k:
-        pieces = (total - done) // k
-        inside = (rank >= done) & (rank < done + pieces * k)
-        yield k, rows[inside].reshape(-1, k)
-        done += pieces * k
-        k //= 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +99,7 @@ class Mixture:
         for source in sources:
             _check_source(source, families)
         self.family_names = self._active_families(sources, families)
-        self.drawn_rows = {source.name: _num_chosen(source) for source in sources}
+        self.drawn_rows = {source.name: num_chosen(source) for source in sources}
         """Rows of every source that can be drawn, after ``fraction`` and ``max_samples``."""
         self.lanes: list[Lane] = []
         self._families = [
@@ -255,9 +128,9 @@ class Mixture:
         self.length = self._length(epochs, of, samples)
         """Number of positions."""
         self.parts = {
-            "sources": _digest([(s.name, s.family, s.content_key) for s in sources]),
-            "eligible rows": _digest([_bits(s.eligible) for s in sources]),
-            "mixture": _digest(
+            "sources": digest([(s.name, s.family, s.content_key) for s in sources]),
+            "eligible rows": digest([mask_digest(s.eligible) for s in sources]),
+            "mixture": digest(
                 [
                     sorted(families.items()),
                     [
@@ -282,7 +155,7 @@ class Mixture:
     @property
     def fingerprint(self) -> str:
         """Identity of the order; a state of another order cannot be resumed."""
-        return _digest(self.parts)
+        return digest(self.parts)
 
     def check_state(self, parts: Mapping[str, str]) -> None:
         """Compare with the parts of a saved order.
@@ -308,7 +181,7 @@ class Mixture:
         lane = self.lanes[levels]
         number = slot * (self.branches // lane.size) + within // lane.size
         epoch, index = divmod(number, lane.num_units)
-        unit = _shuffled(lane, index, self.seed, epoch)
+        unit = lane.shuffled_one(index, self.seed, epoch)
         branch = within % lane.size
         row = int(lane.rows[unit, branch])
         return Draw(position, lane.source, row, epoch, unit, branch, levels)
@@ -342,7 +215,7 @@ class Mixture:
             unit = np.empty(len(mine), np.int64)
             for e in np.unique(epoch):
                 same = epoch == e
-                unit[same] = _shuffled_array(lane, index[same], self.seed, int(e))
+                unit[same] = lane.shuffled(index[same], self.seed, int(e))
             branch = within[mine] % lane.size
             out["source"][mine] = lane.source
             out["epoch"][mine] = epoch
@@ -499,7 +372,7 @@ class Mixture:
         """Append the lanes of one source (and capability); their level and number of rows."""
         children: list[_Level | int] = []
         weights = []
-        for unit in _units(source, capability, self.seed, self.branches, buckets):
+        for unit in build_units(source, capability, self.seed, self.branches, buckets):
             children.append(len(self.lanes))
             weights.append(Fraction(unit.num_units * unit.size))
             self.lanes.append(
@@ -634,162 +507,3 @@ def _mean_tokens(source: SourceRows) -> float:
     if source.mean_tokens is None:
         raise ConfigError(f"unit: tokens needs exact lengths; source {source.name} has none.")
     return source.mean_tokens
-
-
-def _num_chosen(source: SourceRows) -> int:
-    """Eligible rows after ``fraction`` and ``max_samples``."""
-    rows = int(np.count_nonzero(source.eligible))
-    keep = min(rows, max(1, round(source.fraction * rows)))
-    return keep if source.max_samples is None else min(keep, source.max_samples)
-
-
-def _chosen_rows(source: SourceRows, seed: int) -> IntArray:
-    """Rows that are drawn, ascending: nested subsets for growing ``fraction``, spread over the files."""
-    rows = np.flatnonzero(source.eligible)
-    keep = _num_chosen(source)
-    if keep == len(rows):
-        return rows
-    keys = round_keys(seed, f"subset/{source.name}", 0)
-    return np.sort(rows[permute_array(np.arange(keep), len(rows), keys)])
-
-
-class _Units(NamedTuple):
-    """Units of one size, before they have a place in the mixture."""
-
-    size: int
-    num_units: int
-    buckets: tuple[int, ...]
-    unknown: int
-    rows: IntArray | Path
-
-
-def _units(
-    source: SourceRows, capability: str | None, seed: int, branches: int, buckets: int
-) -> list[_Units]:
-    """Units of a source (and capability), largest first; from the cache when there is one."""
-    if source.cache_dir is None:
-        return _cut(source, capability, seed, branches, buckets)
-    parts = [
-        source.content_key,
-        _bits(source.eligible),
-        source.fraction,
-        source.max_samples,
-        capability,
-    ]
-    parts += [branches, buckets, seed if _num_chosen(source) < source.eligible.sum() else None]
-    if source.row_group is not None:
-        parts.append("row groups")
-    if buckets and source.difficulty is not None:
-        parts.append(hashlib.blake2b(np.asarray(source.difficulty).tobytes()).hexdigest())
-    folder = source.cache_dir / f"units-{_digest(parts)}"
-    info = folder / "info.json"
-    if not info.is_file():
-        partial = folder.with_suffix(f".{os.getpid()}")
-        try:
-            partial.mkdir(parents=True, exist_ok=True)
-            units = _cut(source, capability, seed, branches, buckets)
-            small = len(source.eligible) < 2**31
-            for unit in units:
-                assert not isinstance(unit.rows, Path), "cut in memory"
-                rows = unit.rows.astype(np.int32) if small else unit.rows
-                np.save(partial / f"{unit.size}.npy", rows)
-            table = [unit._replace(rows=f"{unit.size}.npy") for unit in units]  # type: ignore[arg-type]
-            (partial / "info.json").write_text(json.dumps(table))
-            if not folder.exists():
-                partial.replace(folder)
-        except OSError as error:
-            if not info.is_file():  # another rank may have been first
-                raise DataError(f"cannot write {folder}: {error}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return [
-        _Units(size, num, tuple(starts), unknown, folder / name)
-        for size, num, starts, unknown, name in json.loads(info.read_text())
-    ]
-
-
-def _cut(
-    source: SourceRows, capability: str | None, seed: int, branches: int, buckets: int
-) -> list[_Units]:
-    rows = _chosen_rows(source, seed)
-    if capability is not None:
-        assert source.capability is not None, "checked by the caller"
-        rows = rows[source.capability[rows] == source.capabilities.index(capability)]
-    cut = cut_units(source.prefix_key, rows, branches)
-    found = []
-    for size in sorted(cut, reverse=True):
-        table: IntArray = cut[size]
-        starts: tuple[int, ...] = (0, len(table))
-        unknown = 0
-        if buckets:
-            table, starts, unknown = _by_difficulty(table, source.difficulty, buckets)
-        elif source.row_group is not None:
-            groups = np.asarray(source.row_group)[table[:, 0]]
-            starts = (0, *(np.flatnonzero(np.diff(groups)) + 1).tolist(), len(table))
-        found.append(_Units(size, len(table), starts, unknown, table))
-    return found
-
-
-def _bits(mask: npt.NDArray[np.bool_]) -> str:
-    return hashlib.blake2b(np.packbits(mask).tobytes(), digest_size=12).hexdigest()
-
-
-def _by_difficulty(
-    units: IntArray, difficulty: npt.NDArray[np.float32] | None, buckets: int
-) -> tuple[IntArray, tuple[int, ...], int]:
-    """Units sorted into quantile buckets of their mean key, file order inside; bucket borders; unknown."""
-    keys = np.full(len(units), np.nan)
-    if difficulty is not None:
-        keys = np.asarray(difficulty, np.float64)[units].mean(axis=1)
-    known = np.flatnonzero(~np.isnan(keys))
-    bucket = np.full(len(units), buckets // 2)
-    ranked = known[np.argsort(keys[known], kind="stable")]
-    bucket[ranked] = np.arange(len(ranked)) * buckets // max(1, len(ranked))
-    order = np.argsort(bucket, kind="stable")
-    starts = np.searchsorted(bucket[order], np.arange(buckets + 1))
-    return units[order], tuple(dict.fromkeys(starts.tolist())), len(units) - len(known)
-
-
-@functools.lru_cache(maxsize=4096)
-def _bucket_keys(seed: int, stream: str, epoch: int) -> tuple[int, ...]:
-    return round_keys(seed, stream, epoch)
-
-
-@functools.lru_cache(maxsize=256)
-def _bucket_places(
-    buckets: tuple[int, ...], shuffled: bool, seed: int, stream: str, epoch: int
-) -> tuple[IntArray, IntArray]:
-    """Buckets in the order of an epoch: their numbers, and where each begins in the epoch."""
-    sizes = np.diff(buckets)
-    order = np.arange(len(sizes))
-    if shuffled:
-        order = permute_array(order, len(sizes), _bucket_keys(seed, f"{stream}/groups", epoch))
-    return order, np.cumsum(sizes[order]) - sizes[order]
-
-
-def _shuffled(lane: Lane, index: int, seed: int, epoch: int) -> int:
-    """Unit at a place of the epoch: bucket after bucket, shuffled inside."""
-    if len(lane.buckets) == 2:
-        return permute(index, lane.num_units, _bucket_keys(seed, lane.stream, epoch))
-    return int(_shuffled_array(lane, np.array([index]), seed, epoch)[0])
-
-
-def _shuffled_array(lane: Lane, index: IntArray, seed: int, epoch: int) -> IntArray:
-    if len(lane.buckets) == 2:
-        return permute_array(index, lane.num_units, _bucket_keys(seed, lane.stream, epoch))
-    order, begins = _bucket_places(
-        lane.buckets, lane.bucket_order == "shuffled", seed, lane.stream, epoch
-    )
-    out = np.empty(len(index), np.int64)
-    place = np.searchsorted(begins, index, side="right") - 1
-    for at in np.unique(place):
-        mine, bucket = place == at, int(order[at])
-        start, stop = lane.buckets[bucket], lane.buckets[bucket + 1]
-        keys = _bucket_keys(seed, f"{lane.stream}/bucket{bucket}", epoch)
-        out[mine] = start + permute_array(index[mine] - begins[at], stop - start, keys)
-    return out
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from spatialvlm.data.faults import Quarantine, fits_plan, replacement, unit_tokens
-from spatialvlm.data.mixture import Mixture, SourceRows
+from spatialvlm.data.mixture import Mixture
 from spatialvlm.data.sample import LENGTH_DTYPE, MediaRef, Sample, Turn
+from spatialvlm.data.units import SourceRows
 from spatialvlm.errors import BudgetError, MediaError
 
 

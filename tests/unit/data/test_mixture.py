@@ -7,8 +7,9 @@ import random
 import numpy as np
 import pytest
 
-from spatialvlm.data.mixture import Mixture, SourceRows, cut_units, mixture_for_steps
+from spatialvlm.data.mixture import Mixture, mixture_for_steps
 from spatialvlm.data.sample import Draw
+from spatialvlm.data.units import SourceRows, cut_units
 from spatialvlm.errors import ConfigError, DataError, StateError
 
 
@@ -36,7 +37,7 @@ def test_rows_on_the_same_media_are_cut_into_powers_of_two():
 def test_large_sources_are_cut_in_parts_with_the_same_result(monkeypatch):
     keys = np.random.default_rng(0).integers(0, 60, 500).astype(np.uint64)
     whole = cut_units(keys, np.arange(500), 8)
-    monkeypatch.setattr("spatialvlm.data.mixture._ROWS_AT_ONCE", 64)
+    monkeypatch.setattr("spatialvlm.data.units._ROWS_AT_ONCE", 64)
     parts = cut_units(keys, np.arange(500), 8)
     assert whole.keys() == parts.keys()
     assert all(np.array_equal(whole[k], parts[k]) for k in whole)
@@ -356,7 +357,7 @@ def test_a_failed_write_leaves_no_units(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("spatialvlm.data.mixture.np.save", full)
+    monkeypatch.setattr("spatialvlm.data.units.np.save", full)
     with pytest.raises(DataError, match="No space left"):
         Mixture([rows("s", cache_dir=tmp_path)], {"spatial": 1}, samples=1)
     assert list(tmp_path.iterdir()) == []
@@ -391,8 +392,8 @@ def test_golden_order():
 def test_other_weights_open_no_file(tmp_path, monkeypatch):
     sources = [rows("s", cache_dir=tmp_path), rows("g", "general", cache_dir=tmp_path)]
     Mixture(sources, {"spatial": 1, "general": 1}, samples=1)
-    monkeypatch.setattr("spatialvlm.data.mixture.cut_units", None)
-    monkeypatch.setattr("spatialvlm.data.mixture.np.load", None)
+    monkeypatch.setattr("spatialvlm.data.units.cut_units", None)
+    monkeypatch.setattr("spatialvlm.data.units.np.load", None)
     assert Mixture(sources, {"spatial": 3, "general": 1}, samples=1).length == 1
 
 
