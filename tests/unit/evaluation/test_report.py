@@ -256,3 +256,20 @@ def test_training_curves_alone(runs, tmp_path):
     assert lines[0] == "run,step,key,value"
     assert len(lines) == 1 + 30 * 3
     assert tool([str(tmp_path), "--out", str(tmp_path / "d.html")]) == 1
+
+
+def test_composite_needs_all_members():
+    from spatialvlm.evaluation.report import COMPOSITE, composite_table
+    from spatialvlm.evaluation.runs import BenchRun
+
+    def run(name, value):
+        extra = {"acc_3d": 90.0} if name == "cv_bench" else {}
+        result = {"headline": {"value": value}, "extra": extra}
+        return [BenchRun("model", "#000", None, result, {})]
+
+    values = dict.fromkeys(COMPOSITE, 50.0)
+    page = composite_table({name: run(name, value) for name, value in values.items()})
+    assert "<td>55.0</td></tr>" in page  # seven times 50 and 90 for the 3D half of CV-Bench
+    del values["erqa"]
+    assert "<td>–</td></tr>" in composite_table({name: run(name, 50.0) for name in values})
+    assert composite_table({"vsi_bench": run("vsi_bench", 50.0)}) == ""

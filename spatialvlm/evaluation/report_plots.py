@@ -1,0 +1,167 @@
+"""Diagnostics and training curves of the report."""
+
+import html
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from spatialvlm.evaluation import charts
+from spatialvlm.evaluation.charts import PALETTE, Series, number
+from spatialvlm.evaluation.report_tables import question_types
+from spatialvlm.evaluation.runs import BenchRun, read_metrics
+from spatialvlm.evaluation.schema import Benchmark
+from spatialvlm.evaluation.structured import CELL_EDGES, CENTER_EDGES, YAW_EDGES
+
+esc = html.escape
+
+
+def diagnostics(runs: Sequence[BenchRun], benchmark: Benchmark | None) -> str:
+    """Unparsed answers per task, letter habits, numbers against gold, structured histograms."""
+    parts = []
+    unparsed = []
+    for name in question_types(runs):
+        cells = "".join(
+            f"<td>{100 * row['unparsed_rate']:.1f} %</td><td>{row['n_truncated']}</td>"
+            if (row := run.result["per_type"].get(name))
+            else "<td>–</td><td>–</td>"
+            for run in runs
+        )
+        unparsed.append(f"<tr><td>{esc(name)}</td>{cells}</tr>")
+    head = "".join(f"<th>{esc(r.label)}<br>unparsed</th><th>cut off</th>" for r in runs)
+    parts.append(
+        "<details><summary>Unparsed and truncated answers per task</summary>"
+        f'<div class="scroll"><table><tr><th>task</th>{head}</tr>{"".join(unparsed)}</table></div></details>'
+    )
+    figures = _letters(runs) + _numbers(runs, benchmark) + _structured(runs)
+    if figures:
+        parts.append(f'<div class="grid2">{figures}</div>')
+    return "".join(parts)
+
+
+def _letters(runs: Sequence[BenchRun]) -> str:
+    """Share of each letter among gold and predicted answers."""
+    cards = []
+    gold: Counter[str] = Counter()
+    for run in runs:
+        rows = [i for i in run.items() if len(i.gold) == 1 and i.gold.isalpha()]
+        gold = gold or Counter(i.gold for i in rows)
+        said = Counter(i.extracted for i in rows if len(i.extracted) == 1)
+        total = max(sum(said.values()), 1)
+        cards.append((run, said, total))
+    if not gold:
+        return ""
+    head = "".join(f"<th>{esc(run.label)}</th>" for run, _, _ in cards)
+    lines = [f"<tr><th>letter</th><th>gold</th>{head}</tr>"]
+    for letter in sorted(set(gold) | {x for _, said, _ in cards for x in said}):
+        cells = "".join(
+            f"<td>{number(100 * said[letter] / total)}</td>" for _, said, total in cards
+        )
+        share = number(100 * gold[letter] / sum(gold.values()))
+        lines.append(f"<tr><td>{esc(letter)}</td><td>{share}</td>{cells}</tr>")
+    table = f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+    return f"<figure><figcaption>Letters: share of gold and predicted answers in %</figcaption>{table}</figure>"
+
+
+def _numbers(runs: Sequence[BenchRun], benchmark: Benchmark | None) -> str:
+    if benchmark is None:
+        return ""
+    kinds = {item.key: item.kind for item in benchmark.items}
+    body = ""
+    for run in runs:
+        pairs = [
+            (float(i.gold), float(i.extracted))
+            for i in run.items()
+            if kinds.get((i.id, i.variant)) in ("number", "count")
+            and not i.unparsed
+            and i.extracted
+        ]
+        if not pairs:
+            continue
+        body += charts.scatter_chart(f"Numbers: {run.label}", pairs, "gold", "predicted", run.color)
+    counts = []
+    edges = [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, float("inf")]
+    for run in runs:
+        errors = [
+            abs(float(i.extracted) - float(i.gold)) / float(i.gold)
+            for i in run.items()
+            if kinds.get((i.id, i.variant)) == "number" and i.extracted and float(i.gold) > 0
+        ]
+        if errors:
+            bins = [sum(lo <= e < hi for e in errors) for lo, hi in itertools.pairwise(edges)]
+            counts.append((run.label, bins, run.color))
+    if counts:
+        body += charts.histogram_chart("Relative error of numbers", edges, counts, "|p − t| / t")
+    return body
+
+
+def _structured(runs: Sequence[BenchRun]) -> str:
+    """Cell errors, centre and yaw errors as histograms, like SSR's Figure 8."""
+    wanted = (
+        (
+            "histogram",
+            CELL_EDGES,
+            "Cell error of LocalCogMap (SSR reports a mean of 0.71)",
+            "cells",
+        ),
+        ("center_histogram", CENTER_EDGES, "Centre error of 7-DoF boxes", "metres"),
+        ("yaw_histogram", YAW_EDGES, "Yaw error of 7-DoF boxes", "degrees"),
+    )
+    body = ""
+    for key, edges, title, unit in wanted:
+        counts = []
+        for run in runs:
+            extra = run.result["extra"]
+            source = next(
+                (
+                    part
+                    for part in (extra, extra.get("localcogmap"), extra.get("grounding7"))
+                    if part and key in part
+                ),
+                None,
+            )
+            if source:
+                counts.append((run.label, source[key], run.color))
+        if counts:
+            body += charts.histogram_chart(title, edges, counts, unit)
+    return body
+
+
+def training_curves(folders: Sequence[str | Path]) -> str:
+    """Loss, learning rate per group, gradient norms and speed of training runs."""
+    runs = [(Path(folder).name, read_metrics(folder)) for folder in folders]
+    if not runs:
+        return ""
+
+    def collect(prefix: str, *, exact: bool = False) -> list[Series]:
+        series: list[Series] = []
+        for run, (label, steps) in enumerate(runs):
+            keys = sorted(
+                {k for s in steps for k in s if (k == prefix if exact else k.startswith(prefix))}
+            )
+            for key in keys:
+                rows = [s for s in steps if isinstance(s.get(key), (int, float))]
+                name = label if exact else f"{label} {key.removeprefix(prefix)}"
+                color = PALETTE[(run if exact else len(series)) % len(PALETTE)]
+                series.append(
+                    Series(name, [s["step"] for s in rows], [s[key] for s in rows], color)
+                )
+        return series
+
+    cards = [
+        charts.line_chart("Training loss", collect("loss", exact=True), "step", "loss"),
+        charts.line_chart("Learning rate per group", collect("lr/"), "step", "learning rate"),
+        charts.line_chart(
+            "Gradient norm", collect("grad_norm/total", exact=True), "step", "norm", log_y=True
+        ),
+        charts.line_chart(
+            "Speed", collect("tokens_per_s", exact=True), "step", "tokens per second"
+        ),
+        charts.line_chart("Evaluation during training", collect("eval/"), "step", "value"),
+    ]
+    return f'<h2>Training</h2><div class="grid2">{"".join(cards)}</div>'
+
+
+def plotted(key: str) -> bool:
+    """Whether a metric is drawn by :func:`training_curves`."""
+    return key in ("loss", "grad_norm/total", "tokens_per_s") or key.startswith(("lr/", "eval/"))
