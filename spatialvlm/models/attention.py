@@ -145,8 +145,13 @@ def _without_tree(
             "tree attention was called without segments and without a mask, so it cannot know which samples a "
             "sequence holds. Call the language model through SpatialVLM, or set another attention implementation."
         )
-    key, value = _repeat_heads(module, key, value)
-    output = _attend(query, key, value, attn_mask=mask, scale=scaling)
+    if query.shape[2] == 1 and mask.shape[1] == 1:
+        # One query per row: heads that share keys become queries, so the cache is not copied per head.
+        packed = query.view(query.shape[0], key.shape[1], -1, query.shape[3])
+        output = _attend(packed, key, value, attn_mask=mask, scale=scaling).view(query.shape)
+    else:
+        key, value = _repeat_heads(module, key, value)
+        output = _attend(query, key, value, attn_mask=mask, scale=scaling)
     return output.transpose(1, 2), None
 
 

@@ -155,6 +155,31 @@ class _Rows:
         )
 
 
+class _Cache:
+    """Keys and values with room for the completion: a step writes one column instead of copying everything.
+
+    Args:
+        keys: Per layer ``[rows, kv_heads, L, head_dim]``.
+        values: As ``keys``.
+        room: Columns to add.
+    """
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor], room: int) -> None:
+        self.length = keys[0].shape[2]
+        grow = torch.nn.functional.pad
+        self.keys = [grow(x, (0, 0, 0, room)) for x in keys]
+        self.values = [grow(x, (0, 0, 0, room)) for x in values]
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+        """Append the new columns of one layer; the library calls the layers in order."""
+        end = self.length + key.shape[2]
+        self.keys[layer][:, :, self.length : end] = key
+        self.values[layer][:, :, self.length : end] = value
+        if layer + 1 == len(self.keys):
+            self.length = end
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
 def _left_pad(x: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, length - x.shape[2], 0))
 
@@ -189,13 +214,10 @@ def _decode(
     model: SpatialVLM, rows: _Rows, max_new_tokens: int, stops: Tensor, choose: Choose
 ) -> list[list[int]]:
     """Decode all rows until each has met a stop token or the limit."""
-    from transformers import DynamicCache
-
     longest = rows.keys[0].shape[2]
     device = rows.hidden.device
-    cache = DynamicCache()
-    for layer, (keys, values) in enumerate(zip(rows.keys, rows.values, strict=True)):
-        cache.update(keys, values, layer)
+    cache = _Cache(rows.keys, rows.values, max_new_tokens)
+    rows.keys = rows.values = []  # only the cache holds them from here
     padding = longest - torch.tensor(rows.lengths, device=device)
     visible = torch.arange(longest, device=device) >= padding[:, None]  # [rows, L]
     # A completion continues behind every coordinate of its prompt, on all axes.
