@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from spatialvlm.data.formats import SourceAttrs
-from spatialvlm.data.index import build_index
+from spatialvlm.data.index_build import build_index
 from spatialvlm.data.mixture import Mixture
 from spatialvlm.data.sources import Source
 from spatialvlm.data.units import SourceRows

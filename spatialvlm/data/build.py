@@ -13,7 +13,8 @@ from spatialvlm.data.encode import OverlongPolicy
 from spatialvlm.data.faults import Quarantine
 from spatialvlm.data.formats import SourceAttrs
 from spatialvlm.data.hooks import DrawMarks, ExpandFormat, SceneCheck
-from spatialvlm.data.index import SourceIndex, build_index
+from spatialvlm.data.index import SourceIndex
+from spatialvlm.data.index_build import build_index
 from spatialvlm.data.lengths import LengthTable
 from spatialvlm.data.loader import StepComposition, StepLoader
 from spatialvlm.data.media.plan import MediaPolicy

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from spatialvlm.data.formats import SourceAttrs
-from spatialvlm.data.index import FLAG_BLOCKED, FLAG_NO_ID, build_index, prefix_key
+from spatialvlm.data.index import FLAG_BLOCKED, FLAG_NO_ID, prefix_key
+from spatialvlm.data.index_build import build_index
 from spatialvlm.data.sources import Source
 from spatialvlm.errors import BudgetError, DataError
 from spatialvlm.scenes.blacklist import Blacklist, BlockList, find_ids
@@ -173,7 +174,7 @@ def test_blocked_scenes_are_found_in_fields_and_paths(make, tmp_path):
 
 
 def test_two_processes_build_the_same_table(make, tmp_path, monkeypatch):
-    monkeypatch.setattr("spatialvlm.data.index._PARALLEL_BYTES", 1)
+    monkeypatch.setattr("spatialvlm.data.index_build._PARALLEL_BYTES", 1)
     rows = [talk(f"<image> {i}?", image=f"{i % 9}.jpg", type=f"t{i % 4}") for i in range(500)] + [
         "{"
     ]
@@ -200,7 +201,7 @@ def test_a_failed_build_leaves_nothing_behind(make, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("spatialvlm.data.index._merge", full)
+    monkeypatch.setattr("spatialvlm.data.index_build._merge", full)
     with pytest.raises(DataError, match="No space left"):
         build_index(make(), tmp_path / "index")
     assert [p.suffix for p in (tmp_path / "index").iterdir()] == [".lock"]
