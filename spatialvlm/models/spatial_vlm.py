@@ -228,10 +228,9 @@ class SpatialVLM(nn.Module):
         has_media = "frames_u8" in batch and batch["frames_u8"].numel() > 0
         seen = self._see(batch) if has_media else self._see_dummy()
         if seen is not None:
-            if has_media:
-                visual_tokens, deepstack = seen.tokens, seen.deepstack
-            else:
-                embeds = embeds + seen.touch().to(embeds.dtype)
+            # Without media the same graph with no rows: ZeRO-3 hangs when one rank's order of gradients differs.
+            rows = slice(None) if has_media else slice(0)
+            visual_tokens, deepstack = seen.tokens[rows], [part[rows] for part in seen.deepstack]
             if self.fusion is not None:
                 fused = self._fuse(batch, seen, has_media)
                 spatial_tokens, norm_ratio = fused.spatial_tokens, fused.norm_ratio

@@ -238,7 +238,9 @@ class SceneLists:
     def __call__(self, text: str) -> tuple[str, ...] | None:
         """Names of the lists that ``text`` hits; ``None`` when it names no known scene or room."""
         if not find_ids(text):
-            return () if text.startswith("rooms/") else None  # procedural rooms are nobody's test set
+            return (
+                () if text.startswith("rooms/") else None
+            )  # procedural rooms are nobody's test set
         return tuple(name for name, blacklist in self.lists if blacklist.hits(text))
 
 

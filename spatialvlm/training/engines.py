@@ -130,11 +130,15 @@ class _TorchEngine(Engine):
         for group, live in zip(self.groups, self.optimizer.param_groups, strict=True):
             own = grads.setdefault(group.part, [])
             own += [p.grad for p in live["params"] if p.grad is not None]
-        norms: dict[str, Tensor] = {}
-        for part, tensors in grads.items():
-            norm = torch.nn.utils.get_total_norm(tensors)
-            norms[part] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norms = {part: self._norm(tensors) for part, tensors in grads.items()}
         return {**norms, "total": _total(norms)}
+
+    def _norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Norm over a part; on a CPU in float64, where fp32 sums of squares lose a digit in large tensors."""
+        exact = torch.float64 if self.processes.device.type == "cpu" else None
+        each = [torch.linalg.vector_norm(t, dtype=exact) for t in tensors]
+        whole = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in each]
+        return torch.linalg.vector_norm(torch.stack(whole)).float()
 
     def step(self, norms: Mapping[str, Tensor] | None) -> bool:
         assert norms is not None

@@ -154,5 +154,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
         known = by_step.get(record["step"], {})
-        by_step[record["step"]] = {**known, **record} if known.get("attempt") == record["attempt"] else record
+        by_step[record["step"]] = (
+            {**known, **record} if known.get("attempt") == record["attempt"] else record
+        )
     return [by_step[step] for step in sorted(by_step)]

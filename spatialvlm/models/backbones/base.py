@@ -38,11 +38,6 @@ class VisionOutput:
     patches: Tensor
     deepstack: list[Tensor] = field(default_factory=list)
 
-    def touch(self) -> Tensor:
-        """Zero, connected to every output: keeps the autograd graph equal on all ranks."""
-        outputs = [self.tokens, self.patches, *self.deepstack]
-        return torch.stack([output.float().sum() for output in outputs]).sum() * 0.0
-
 
 class PatchLinear(nn.Module):
     """A patch convolution as a matrix product, with the convolution's own parameters and names.
