@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from spatialvlm.data.formats.base import Format, Place, Row, SourceAttrs, media_path
-from spatialvlm.data.formats.conversation import check_turns, number_or_none
+from spatialvlm.data.formats.conversation import check_turns
+from spatialvlm.data.formats.fields import number_or_none
 from spatialvlm.data.formats.rows import parse_marks
 from spatialvlm.data.sample import MediaRef, Sample, Turn
 

@@ -7,12 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from spatialvlm.data.formats.base import Format, Place, Row, SourceAttrs, media_path, video_ref
-from spatialvlm.data.formats.conversation import (
-    build_sample,
-    number_or_none,
-    parse_turns,
-    text_or_none,
-)
+from spatialvlm.data.formats.conversation import build_sample, parse_turns
+from spatialvlm.data.formats.fields import number_or_none, text_or_none
 from spatialvlm.data.sample import MediaRef, Sample
 from spatialvlm.typing import MarkSpec
 

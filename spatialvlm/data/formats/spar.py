@@ -12,12 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from spatialvlm.data.formats.base import Format, Place, Row, SourceAttrs
-from spatialvlm.data.formats.conversation import (
-    build_sample,
-    media_fields,
-    number_or_none,
-    parse_turns,
-)
+from spatialvlm.data.formats.conversation import build_sample, parse_turns
+from spatialvlm.data.formats.fields import media_fields, number_or_none
 from spatialvlm.data.sample import Sample
 from spatialvlm.typing import MarkSpec
 
