@@ -10,6 +10,7 @@ import bisect
 import io
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -58,8 +59,8 @@ def read_video_header(data: bytes | Path, *, name: str = "") -> VideoHeader:
         MediaError: ``missing``, ``not_an_image`` (no container), ``no_frames`` (no video stream, or an
             empty one).
     """
-    name = name or str(data)
-    with _open(data, name) as container:
+    name = name or (str(data) if isinstance(data, Path) else "video")
+    with _open(data, name) as container, _explained(name, "no_frames"):
         stream = container.streams.video[0]
         times: list[tuple[int, bool]] = []
         for packet in container.demux(stream):
@@ -94,10 +95,10 @@ def decode_video(
     Raises:
         MediaError: ``frame_decode`` when any wanted frame cannot be decoded.
     """
-    name = name or str(data)
+    name = name or (str(data) if isinstance(data, Path) else "video")
     wanted = sorted({header.pts[i] for i in frames})
     found: dict[int, UInt8Array] = {}
-    with _open(data, name) as container:
+    with _open(data, name) as container, _explained(name, "frame_decode"):
         stream = container.streams.video[0]
         current: int | None = None
         decoder: Iterator[tuple[int, Any]] = iter(())
@@ -110,9 +111,9 @@ def decode_video(
                 and keyframe > header.pts[0]
             ):
                 container.seek(keyframe, stream=stream, backward=True)
-                decoder = _frames(container, stream, name)
+                decoder = _frames(container, stream)
             elif current is None:
-                decoder = _frames(container, stream, name)
+                decoder = _frames(container, stream)
             for pts, frame in decoder:
                 current = pts
                 if pts == target:
@@ -204,27 +205,38 @@ def _open(data: bytes | Path, name: str) -> Any:
     if not container.streams.video:
         container.close()
         raise MediaError(f"{name} has no video stream", reason="no_frames")
+    if container.streams.video[0].codec_context is None:
+        container.close()
+        raise MediaError(
+            f"{name} uses a codec that FFmpeg does not know; re-encode it", reason="frame_decode"
+        )
     container.streams.video[0].thread_type = "NONE"
     return container
 
 
 def _first_rotation(container: Any, stream: Any, name: str) -> int:
     container.seek(0, stream=stream, backward=True)
-    for _, frame in _frames(container, stream, name):
+    for _, frame in _frames(container, stream):
         return int(frame.rotation)
     raise MediaError(f"{name}: not a single frame can be decoded", reason="no_frames")
 
 
-def _frames(container: Any, stream: Any, name: str) -> Iterator[tuple[int, Any]]:
+def _frames(container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
+    for frame in container.decode(stream):
+        pts = frame.pts if frame.pts is not None else frame.dts
+        if pts is not None and not frame.is_corrupt:
+            yield pts, frame
+
+
+@contextmanager
+def _explained(name: str, reason: str) -> Iterator[None]:
+    """FFmpeg's errors as a :class:`MediaError`."""
     import av
 
     try:
-        for frame in container.decode(stream):
-            pts = frame.pts if frame.pts is not None else frame.dts
-            if pts is not None and not frame.is_corrupt:
-                yield pts, frame
-    except av.FFmpegError as error:
-        raise MediaError(f"{name} cannot be decoded: {error}", reason="frame_decode") from error
+        yield
+    except (av.FFmpegError, OverflowError, ValueError) as error:
+        raise MediaError(f"{name} is cut off or damaged: {error}", reason=reason) from error
 
 
 def _upright(frame: Any) -> UInt8Array:

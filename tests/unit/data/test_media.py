@@ -432,3 +432,56 @@ class TestStore:
             with pytest.raises(MediaError) as caught:
                 read(ref)
             assert caught.value.reason in ("refused_path", "missing", "not_an_image")
+
+
+class TestFuzz:
+    """Damaged files give a MediaError or an array; never another exception, never wrong shapes."""
+
+    def test_images(self):
+        rng = np.random.default_rng(0)
+        picture = Image.fromarray(rng.integers(0, 255, (40, 56, 3), dtype=np.uint8))
+        originals = [
+            encoded(picture, fmt, **options)
+            for fmt, options in [
+                ("JPEG", {"exif": exif(6)}), ("PNG", {}), ("GIF", {}), ("WEBP", {}), ("BMP", {}), ("TIFF", {}),
+            ]
+        ]  # fmt: skip
+        refused = decoded = 0
+        reasons = set()
+        for _ in range(400):
+            data = bytearray(originals[rng.integers(len(originals))])
+            for _ in range(int(rng.integers(1, 6))):
+                data[int(rng.integers(len(data)))] = int(rng.integers(256))
+            if rng.random() < 0.3:
+                data = data[: int(rng.integers(1, len(data)))]
+            try:
+                size = image_size(bytes(data), max_pixels=10**6)
+                pixels = decode_image(bytes(data), max_pixels=10**6)
+            except MediaError as error:
+                reasons.add(error.reason)
+                refused += 1
+                continue
+            decoded += 1
+            assert pixels.shape == (*size, 3)
+        assert refused > 50
+        assert reasons <= {"not_an_image", "truncated", "too_many_pixels", "aspect"}
+        assert decoded > 50
+
+    def test_videos(self, tmp_path):
+        write_video(tmp_path / "v.mp4", ramp(9))
+        original = (tmp_path / "v.mp4").read_bytes()
+        rng = np.random.default_rng(1)
+        reasons = set()
+        for _ in range(150):
+            data = bytearray(original)
+            for _ in range(int(rng.integers(1, 20))):
+                data[int(rng.integers(len(data)))] = int(rng.integers(256))
+            try:
+                header = read_video_header(bytes(data))
+                frames = decode_video(bytes(data), header, range(min(header.num_frames, 9)))
+            except MediaError as error:
+                reasons.add(error.reason)
+                continue
+            assert frames.shape[0] == min(header.num_frames, 9)
+        assert reasons <= {"no_frames", "not_an_image", "frame_decode", "frame_size"}
+        assert len(reasons) > 1
