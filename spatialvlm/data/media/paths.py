@@ -67,7 +67,12 @@ def resolve(
             reason="refused_path",
         )
     real_root = Path(root).resolve()
-    real = (real_root / base / path).resolve()
+    try:
+        real = (real_root / base / path).resolve()
+    except (RuntimeError, OSError) as error:  # pathlib reports a loop of links as RuntimeError
+        raise MediaError(
+            f"media path {path!r} cannot be followed: {error}", reason="refused_path"
+        ) from error
     if not allow_outside_root and not real.is_relative_to(real_root):
         raise MediaError(
             f"media path {path!r} leads outside the source root {str(root)!r}; move the file, correct `root`, or "

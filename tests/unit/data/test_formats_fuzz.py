@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from spatialvlm.data.faults import INDEX_REASONS
 from spatialvlm.data.formats import FORMATS, Place, SourceAttrs, read_row, sample_to_json
+from spatialvlm.data.formats.base import media_path
 from spatialvlm.data.index import media_and_prefix_key
+from spatialvlm.data.media.paths import resolve
 from spatialvlm.data.sources import Source
-from spatialvlm.errors import DataError
+from spatialvlm.errors import DataError, MediaError
 from tests.unit.data.test_formats import CASES, generated, talk
 
 ATTRS = SourceAttrs(
@@ -234,3 +236,43 @@ def test_mutated_files_are_read_to_the_end_or_refused(data_dir, tmp_path):
                     assert path.name in str(samples)
                 else:
                     assert source.read(0, raw.row, raw.offset, raw.length) == samples
+
+
+def test_no_path_escapes_its_root(tmp_path):
+    root = tmp_path / "root"
+    (root / "in").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    (root / "to_out").symlink_to(tmp_path / "out")
+    (root / "in" / "to_in").symlink_to(root / "in")
+    (root / "loop").symlink_to(root / "loop")
+    parts = [
+        "..",
+        ".",
+        "",
+        "in",
+        "to_out",
+        "to_in",
+        "loop",
+        "a.png",
+        "~",
+        "C:",
+        "\\x",
+        "\x00",
+        "é",
+        str(tmp_path),
+    ]
+
+    @QUICK
+    @given(
+        st.lists(st.sampled_from(parts), max_size=7),
+        st.sampled_from(["", ".", "in", "to_in", "../root"]),
+    )
+    def run(names, base):
+        try:
+            found = resolve(root, base, media_path(".", "/".join(names)))
+        except MediaError as error:
+            assert error.reason == "refused_path"  # noqa: PT017
+            return
+        assert found.is_relative_to(root)
+
+    run()
