@@ -2,9 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, UInt8
@@ -113,7 +113,7 @@ class GeometryEncoder(nn.Module, ABC):
             frames = torch.stack([videos[index] for index in indices])
             if self.reference_frame == "last":
                 frames = frames.flip(1)
-            with torch.autocast(frames.device.type, enabled=False), _exact_float32(frames.device):
+            with torch.autocast(frames.device.type, enabled=False), exact_float32():
                 features, special = self.encode(frames, wanted, return_special)
             if self.reference_frame == "last":
                 features = {layer: x.flip(1) for layer, x in features.items()}
@@ -170,19 +170,23 @@ class GeometryEncoder(nn.Module, ABC):
             )
 
 
-def _exact_float32(device: torch.device) -> "nullcontext[None] | _NoTf32":
-    return _NoTf32() if device.type == "cuda" else nullcontext()
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Float32 matrix products and convolutions without TF32 inside the block.
 
-
-class _NoTf32:
-    """Float32 matrix products without TF32 inside the block."""
-
-    def __enter__(self) -> None:
-        self.before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-
-    def __exit__(self, *_: object) -> None:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.before
+    Through the per-operation settings of PyTorch 2.9 and later: the older ``allow_tf32`` flags cannot be
+    read once somebody has used these.
+    """
+    cudnn: Any = torch.backends.cudnn
+    settings: list[Any] = [torch.backends.cuda.matmul, cudnn.conv]
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
 
 
 def assert_frozen(encoder: nn.Module, optimized: Iterable[nn.Parameter] = ()) -> None:

@@ -390,6 +390,24 @@ def test_an_ambient_autocast_changes_nothing(golden_file, precision):
     assert torch.equal(plain, inside)
 
 
+@pytest.mark.parametrize("before", ["tf32", "ieee", "none"])
+def test_tf32_is_off_inside_and_restored_outside(encoder, before):
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    saved = matmul.fp32_precision, conv.fp32_precision
+    seen = []
+    encoder.aggregator.register_forward_pre_hook(
+        lambda *_: seen.append((matmul.fp32_precision, conv.fp32_precision))
+    )
+    try:
+        matmul.fp32_precision = conv.fp32_precision = before
+        expected = matmul.fp32_precision, conv.fp32_precision
+        encoder([frames(1, 3, 28, 28)])
+        assert seen == [("ieee", "ieee")]
+        assert (matmul.fp32_precision, conv.fp32_precision) == expected
+    finally:
+        matmul.fp32_precision, conv.fp32_precision = saved
+
+
 def test_uint8_end_points_are_normalised_exactly(encoder):
     seen = []
     encoder.aggregator.patch_embed.patch_embed.register_forward_pre_hook(
