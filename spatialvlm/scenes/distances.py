@@ -59,6 +59,17 @@ def footprint_gaps(boxes: Sequence[Box]) -> Float[np.ndarray, "N N"]:
     return gaps
 
 
+def box_iou(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes; tilted ones are compared by their upright hulls."""
+    from shapely.geometry import Polygon
+
+    flat = Polygon(a.footprint).intersection(Polygon(b.footprint)).area
+    height = min(a.z_max, b.z_max) - max(a.z_min, b.z_min)
+    shared = flat * max(height, 0.0)
+    volumes = [Polygon(box.footprint).area * (box.z_max - box.z_min) for box in (a, b)]
+    return float(shared / (sum(volumes) - shared))
+
+
 def _rectangle_distances(
     centers: Array,
     half: Array,

@@ -16,6 +16,7 @@ from PIL import Image
 from spatialvlm.errors import BoxError, CameraError, ImporterError, SceneSchemaError
 from spatialvlm.scenes.boxes import Box, Symmetry, canonicalise_axes, refit_upright
 from spatialvlm.scenes.cameras import Camera
+from spatialvlm.scenes.distances import box_iou
 from spatialvlm.scenes.io import load_depth, load_instances, load_rgb
 from spatialvlm.scenes.schema import BoxQuality, Frame, Object, Scene
 from spatialvlm.scenes.transforms import Array
@@ -148,17 +149,6 @@ class ObjectList:
             name = item.id if names[item.id] == 1 else f"{item.id}-{names[item.id]}"
             finished.append(replace(item, index=index, id=name))
         return finished
-
-
-def box_iou(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes; tilted ones are compared by their upright hulls."""
-    from shapely.geometry import Polygon
-
-    flat = Polygon(a.footprint).intersection(Polygon(b.footprint)).area
-    height = min(a.z_max, b.z_max) - max(a.z_min, b.z_min)
-    shared = flat * max(height, 0.0)
-    volumes = [Polygon(box.footprint).area * (box.z_max - box.z_min) for box in (a, b)]
-    return float(shared / (sum(volumes) - shared))
 
 
 def merge_duplicates(objects: Sequence[Object], report: ImportReport) -> list[Object]:
