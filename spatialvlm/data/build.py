@@ -331,10 +331,7 @@ def choose_length_mode(data: DataConfig, lengths: LengthTable) -> str:
     """``exact`` or ``lazy`` for ``data.lengths``."""
     if data.lengths != "auto":
         return data.lengths
-    indices = lengths.encoder.indices
-    missing = sum(
-        len(index) for number, index in enumerate(indices) if not lengths.complete(number)
-    )
+    missing = sum(lengths.unmeasured(source) for source in range(len(lengths.records)))
     return "exact" if missing <= MEASURE_AT_ONCE else "lazy"
 
 

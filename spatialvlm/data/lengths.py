@@ -46,16 +46,20 @@ class LengthTable:
         self.records: list[LengthArray] = []
         self.reasons: list[npt.NDArray[np.uint8]] = []
         self.messages: dict[tuple[int, int], str] = {}
+        self._changed: set[int] = set()
         for source in range(len(encoder.indices)):
             records, reasons = self._load(source)
             self.records.append(records)
             self.reasons.append(reasons)
 
+    def unmeasured(self, source: int) -> int:
+        """Number of eligible rows whose size is not known."""
+        known = (self.records[source]["tokens"] > 0) | (self.reasons[source] > 0)
+        return int(np.sum(~known & self.encoder.indices[source].eligible()))
+
     def complete(self, source: int) -> bool:
         """Every eligible row of a source is measured."""
-        index = self.encoder.indices[source]
-        known = (self.records[source]["tokens"] > 0) | (self.reasons[source] > 0)
-        return bool(np.all(known | ~index.eligible()))
+        return self.unmeasured(source) == 0
 
     def measure(self, source: int, rows: Sequence[int] | npt.NDArray[np.int64]) -> None:
         """Measure rows that are not measured yet."""
@@ -63,6 +67,7 @@ class LengthTable:
         for row in rows:
             if records["tokens"][row] or reasons[row]:
                 continue
+            self._changed.add(source)
             try:
                 records[row] = self.encoder.measure(source, int(row))
             except DataError as error:
@@ -82,7 +87,7 @@ class LengthTable:
         """
         if self.complete(source):
             return
-        lock = self._path(source).with_suffix(".lock")
+        lock = self._folder(source).with_suffix(".lock")
         with lock.open("w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             self.records[source], self.reasons[source] = self._load(source)
@@ -94,6 +99,7 @@ class LengthTable:
             else:
                 self.measure(source, rows)
             self._save(source)
+            self._changed.discard(source)
 
     def _measure_in_parallel(self, source: int, rows: npt.NDArray[np.int64], workers: int) -> None:
         chunks = [rows[at : at + _CHUNK] for at in range(0, len(rows), _CHUNK)]
@@ -104,6 +110,12 @@ class LengthTable:
             ):
                 self.records[source][chunk] = records
                 self.reasons[source][chunk] = reasons
+
+    def save(self) -> None:
+        """Write what was measured since the start, so that the next run need not measure it again."""
+        for source in self._changed:
+            self._save(source)
+        self._changed.clear()
 
     def usable(self, source: int) -> npt.NDArray[np.bool_]:
         """Rows that can be trained on, as far as measured."""
@@ -194,7 +206,7 @@ class LengthTable:
                 self.messages[source, row] = str(error)
         return self.messages.get((source, row), "usable now; delete the index folder")
 
-    def _path(self, source: int) -> Path:
+    def _folder(self, source: int) -> Path:
         encoder = self.encoder
         what = (
             _VERSION,
@@ -206,20 +218,26 @@ class LengthTable:
             encoder.coords,
         )
         key = hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()
-        return encoder.indices[source].folder / f"lengths-{key}.npz"
+        return encoder.indices[source].folder / f"lengths-{key}"
 
     def _load(self, source: int) -> tuple[LengthArray, npt.NDArray[np.uint8]]:
-        path, rows = self._path(source), len(self.encoder.indices[source])
-        if path.is_file():
-            with np.load(path) as found:
-                return found["records"], found["reasons"]
+        """Both arrays, memory-mapped and private to this process; zeros without a cache."""
+        folder, rows = self._folder(source), len(self.encoder.indices[source])
+        if (folder / "records.npy").is_file():
+            records = np.load(folder / "records.npy", mmap_mode="c")
+            return records, np.load(folder / "reasons.npy", mmap_mode="c")
         return np.zeros(rows, LENGTH_DTYPE), np.zeros(rows, np.uint8)
 
     def _save(self, source: int) -> None:
-        path = self._path(source)
-        partial = path.with_suffix(".partial.npz")
-        np.savez(partial, records=self.records[source], reasons=self.reasons[source])
-        partial.replace(path)
+        folder = self._folder(source)
+        folder.mkdir(exist_ok=True)
+        # Media that cannot be read today may be repaired tomorrow; only lengths are remembered.
+        overlong = 1 + LOAD_REASONS.index("overlong")
+        reasons = np.where(self.reasons[source] == overlong, overlong, 0).astype(np.uint8)
+        for name, values in (("reasons", reasons), ("records", self.records[source])):
+            partial = folder / f"{name}.partial.npy"
+            np.save(partial, values)
+            partial.replace(folder / f"{name}.npy")
 
 
 _measured: list[tuple[LengthTable, int]] = []

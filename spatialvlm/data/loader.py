@@ -289,9 +289,11 @@ class StepLoader:
         }
 
     def close(self) -> None:
-        """Stop the workers."""
+        """Stop the workers; rank 0 keeps the lengths that were measured on the way."""
         if self.pool is not None:
             self.pool.close()
+        if self.world.rank == 0:
+            self.lengths.save()
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         if state["version"] > STATE_VERSION:

@@ -179,3 +179,13 @@ def test_too_many_unusable_rows_stop_the_run_before_it_starts(
         run(toy_config(sources=sources(copy)), folder, tmp_path)
     with pytest.raises(BudgetError, match=r"overlong.*max_length=60.*median \d+"):
         run(toy_config(packing={"max_length": 60}), folder, tmp_path)
+
+
+def test_a_repaired_file_is_used_again(toy_data, folder, toy_config, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(toy_data, copy)
+    (copy / "s0" / "v0_0.5.png").rename(copy / "away.png")
+    config = toy_config(sources=sources(copy), data=TOLERANT)
+    assert run(config, folder, tmp_path).mixture.drawn_rows["sp"] == 25
+    (copy / "away.png").rename(copy / "s0" / "v0_0.5.png")
+    assert run(config, folder, tmp_path).mixture.drawn_rows["sp"] == 30

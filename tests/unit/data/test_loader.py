@@ -403,3 +403,11 @@ def test_lengths_measured_by_several_processes_are_equal(
     config = toy_config(data={"index_dir": str(tmp_path / "other")})
     two = build(config, folder, workers=2).lengths.records
     assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_lazily_measured_lengths_are_kept(tiny_checkpoint, toy_config):
+    folder, lazy = tiny_checkpoint("qwen3vl"), {"data": {"lengths": "lazy"}}
+    loader = build(toy_config(**lazy), folder)
+    assert not loader.lengths.complete(0)
+    list(loader)
+    assert build(toy_config(**lazy), folder).lengths.complete(0)
