@@ -25,6 +25,7 @@ from spatialvlm.synthesis.audit import question_of
 from spatialvlm.synthesis.generate import RowMaker, generate_scene, make_context
 from spatialvlm.synthesis.marks import draw_marks, mark_from_dict
 from spatialvlm.synthesis.plan import make_plan
+from spatialvlm.synthesis.rows import Reason
 from spatialvlm.synthesis.tasks import TASKS, Task
 from spatialvlm.synthesis.verify import check_row
 from spatialvlm.synthesis.wording import default_book
@@ -168,6 +169,10 @@ def main(argv: list[str] | None = None) -> int:
         if row is not None:
             picture(row, arguments.scenes, folder / f"{task.id}.jpg")
         parts.append(section(task, row) + "\n")
+    parts.append(
+        "## Reasons of rejection\n\nCounted per task in `manifest.json`.\n\n| reason | meaning |\n|---|---|\n"
+    )
+    parts += [f"| `{reason}` | {reason.description} |\n" for reason in Reason]
     (arguments.out / "tasks.md").write_text("".join(parts).rstrip() + "\n", encoding="utf-8")
     print(f"{len(rows)} of {len(TASKS)} tasks with an example in {arguments.out / 'tasks.md'}")
     return 0

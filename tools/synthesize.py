@@ -60,7 +60,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--no-visibility-filter", action="store_true", help="questions may name hidden objects"
     )
-    parser.add_argument("--allow-unfiltered", action="store_true")
+    parser.add_argument(
+        "--allow-unfiltered",
+        action="store_true",
+        help="use scenes whose visibility was not measured",
+    )
+    parser.add_argument(
+        "--allow-split", nargs="+", help="splits of imported scenes to use (default: train)"
+    )
     parser.add_argument("--max-failed", type=float, default=0.01)
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--dry-run", action="store_true", help="count only, write nothing")
@@ -96,6 +103,8 @@ def plan_from(arguments: argparse.Namespace) -> SynthesisPlan:
             overrides[name] = getattr(arguments, name)
     if arguments.templates:
         overrides["templates"] = arguments.templates
+    if arguments.allow_split:
+        overrides["allow_split"] = arguments.allow_split
     if arguments.no_visibility_filter:
         overrides["visibility_filter"] = False
     if arguments.allow_unfiltered:

@@ -155,6 +155,12 @@ class SceneContext:
         self._footprints: dict[int, BaseGeometry] = {}
         self.legs: dict[tuple[int, int], float | None] = {}
         """Lengths of free ways between objects, filled by ``routes``; ``None`` = blocked."""
+        self.unfiltered = any(
+            frame.instance_map is None
+            and any(v.state == "visible" and v.occupancy is None for v in frame.visible)
+            for frame in scene.frames
+        )
+        """Some visibility was guessed from boxes alone: neither depth nor instances were measured."""
         self.edges: dict[tuple[int, ...], list[Any]] = {}
         """Relations of views and of pairs of objects, filled by ``scene_graph``."""
         self._seen_in: dict[tuple[int, ...], tuple[bool, float]] = {}
@@ -294,7 +300,8 @@ class SceneContext:
         for obj in objects:
             if not view.is_clean(obj):
                 raise Reject(Reason.NOT_CLEAN, f"object {obj} in frame {view.frame_id}")
-            least = min(least, view.vis[obj].vis_frac)
+            if self.visibility_filter:
+                least = min(least, view.vis[obj].vis_frac)
         return least
 
     def require_level(self, view: View) -> None:
@@ -450,13 +457,21 @@ class SceneContext:
         stored = self.view(index).vis[obj].mask_rle
         if stored is not None:
             return stored
+        return encode_rle(self.instances(index) == obj + 1)
+
+    def instances(self, index: int) -> Array:
+        """``[H, W]`` object index + 1 of every pixel of a frame, 0 for the shell of the room.
+
+        Raises:
+            Reject: ``needs:instances``: the frame has no instance map.
+        """
         frame = self.scene.frames[index]
         if frame.instance_map is None:
             raise Reject(Reason.NEEDS_INSTANCES, frame.frame_id)
         if index not in self._ids:
             self._ids.clear()
             self._ids[index] = load_instances(self.scene, frame)
-        return encode_rle(self._ids[index] == obj + 1)
+        return self._ids[index]
 
     @cached_property
     def covisibility(self) -> Array | None:

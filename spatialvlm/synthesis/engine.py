@@ -160,6 +160,9 @@ def run_part(job: Job, part: Part) -> dict[str, Any]:
             continue
         try:
             scene = read_scene(ref)
+            if scene.source != "rooms" and scene.split not in job.plan.allow_split:
+                skipped.append(ref.scene_id)
+                continue
             prefix = image_prefix(scene, job.scenes)
             made, counted = generate_scene(scene, job.plan, image_prefix=prefix, book=book)
         except SCENE_FAILURES:

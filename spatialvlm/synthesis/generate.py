@@ -73,6 +73,8 @@ def task_rows(maker: RowMaker, task: Task, counters: Counters) -> Iterable[dict[
     """Rows of one task in one scene until the count is reached or the candidates run out."""
     ctx, plan = maker.ctx, maker.plan
     missing = task.unmet_need(ctx)
+    if missing is None and ctx.unfiltered and not plan.allow_unfiltered:
+        missing = Reason.NEEDS_VISIBILITY
     if missing is not None:
         counters[task.id, missing] += 1
         return
@@ -155,7 +157,7 @@ class RowMaker:
                 "task": task.id,
                 "family": task.family,
                 "capability": task.capability,
-                "tags": task.all_tags(),
+                "tags": [*task.all_tags(), *(["unfiltered"] if self.ctx.unfiltered else [])],
             }
         columns = self._task_columns[task.id]
         if qa.tags:

@@ -45,7 +45,8 @@ class SynthesisPlan:
     """``False``: questions may name objects that are hidden behind others."""
     allow_unfiltered: bool = False
     """Use scenes without depth and without instance maps, whose visibility was not measured."""
-    allow_split: tuple[str, ...] = ("train", "val", "test")
+    allow_split: tuple[str, ...] = ("train",)
+    """Splits of imported scenes that may be used; procedural rooms of all splits may."""
     templates: tuple[str, ...] = ()
     """Further template files."""
 

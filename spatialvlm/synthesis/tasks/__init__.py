@@ -64,6 +64,7 @@ _ALL: tuple[Task, ...] = (
     intern.IsRotation(),
     # Further
     extra.LocateCell(),
+    extra.CellMap(),
     extra.ObjectColour(),
     extra.Proximity(),
     extra.Grounding2d(),

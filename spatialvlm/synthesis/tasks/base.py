@@ -22,6 +22,8 @@ MAX_COMBINATIONS = 400
 MAX_ENUMERATED = 4000
 """Up to so many tuples are listed and shuffled; more are drawn."""
 NUM_IOU_BINS = 9
+NEEDS = {r.value.removeprefix("needs:"): r for r in Reason if r.value.startswith("needs:")}
+"""What a task can need -> the reason that counts scenes without it."""
 
 
 class Task:
@@ -97,7 +99,7 @@ class Task:
         }
         for need in ("frames", *sorted(self.needs)):
             if not has[need]:
-                return Reason(f"needs:{need}")
+                return NEEDS[need]
         return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 from numpy.random import Generator
 
 from spatialvlm.answers import round_half_up
@@ -17,6 +18,11 @@ from spatialvlm.synthesis.writer import Writer
 GRID = 4
 CELL_GUARD = 0.1
 """Least distance of the object's middle from a grid line, in cells."""
+CELL_SHARE = 0.125
+"""A cell with less of every colour or label shows nothing."""
+CELL_TIE = 0.005
+"""Least lead of a cell's word over the runner-up, as a share of the cell."""
+NOTHING = "none"
 COLOUR_NAMES = (
     "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "gray", "white",
 )  # fmt: skip
@@ -54,6 +60,63 @@ class LocateCell(Task):
         write.show([ctx.frame_of[args["frames"][0]]])
         slots = {"a": write.name(args["objects"][0]), "n": str(GRID)}
         return write.qa(write.turn("coord", derived.answer, slots))
+
+
+class CellMap(Task):
+    """The main colour, or the main label, in every cell of a 4x4 grid over the image.
+
+    Sixteen answers about one image teach a model that starts from random weights to see long before single
+    questions would; the other tasks build on it.
+    """
+
+    id = "cell_map"
+    family = "SR"
+    capability = "SR"
+    group = "rel"
+    dimension = "rel"
+    forms = ("OE",)
+    variants = ("colour", "label")
+
+    def propose(self, ctx: SceneContext, rng: Generator) -> Iterator[Args]:
+        """Every frame with every variant, in random order."""
+        for frame in rng.permutation(ctx.num_frames).tolist():
+            for variant in self.variants:
+                frame_id = ctx.scene.frames[frame].frame_id
+                yield {"variant": variant, "frames": [frame_id], "objects": []}
+
+    def derive(self, ctx: SceneContext, args: Args) -> Derived:
+        """Row by row from the top left: the word with the most pixels, ``none`` below an eighth of the cell."""
+        ids = ctx.instances(ctx.frame_of[args["frames"][0]])
+        words = [obj.color_name for obj in ctx.objects]
+        if args["variant"] == "label":
+            words = list(ctx.labels)
+        height, width = ids.shape
+        answer, guard = [], 1.0
+        for row in range(GRID):
+            for column in range(GRID):
+                cell = ids[
+                    row * height // GRID : (row + 1) * height // GRID,
+                    column * width // GRID : (column + 1) * width // GRID,
+                ]
+                share = {NOTHING: CELL_SHARE}
+                for obj, pixels in enumerate(
+                    np.bincount(cell.ravel(), minlength=len(words) + 1)[1:]
+                ):
+                    if pixels and words[obj] is None:
+                        raise Reject(Reason.NO_COLOUR, f"object {obj}")
+                    if pixels:
+                        word = str(words[obj])
+                        share[word] = share.get(word, 0.0) + int(pixels) / cell.size
+                best, second = sorted([*share.values(), 0.0], reverse=True)[:2]
+                answer.append(max(share, key=lambda word: share[word]))
+                guard = min(guard, best - second)
+        return Derived(answer, require("share", guard, CELL_TIE), {"guard": guard})
+
+    def phrase(self, ctx: SceneContext, args: Args, derived: Derived, write: Writer) -> QA:
+        """One open question per variant."""
+        write.show([ctx.frame_of[args["frames"][0]]])
+        slots = {"n": str(GRID), "none": NOTHING}
+        return write.qa(write.turn("list", derived.answer, slots, variant=args["variant"]))
 
 
 class ObjectColour(Task):

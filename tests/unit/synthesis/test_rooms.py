@@ -1,0 +1,152 @@
+"""Questions about rendered rooms: shipped task files, ablation switches, ray."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from spatialvlm.errors import SynthesisError
+from spatialvlm.scenes.io import load_scene
+from spatialvlm.scenes.rooms.build import RenderConfig, RoomSpec, write_room
+from spatialvlm.synthesis.context import SceneContext
+from spatialvlm.synthesis.engine import synthesize
+from spatialvlm.synthesis.generate import generate_scene
+from spatialvlm.synthesis.plan import make_plan
+from spatialvlm.synthesis.points import boxes_of_visible_points
+from spatialvlm.synthesis.tasks import TASKS
+from spatialvlm.synthesis.verify import verify
+from spatialvlm.synthesis.wording import Wording
+
+ROOT = Path(__file__).resolve().parents[3]
+CONFIGS = sorted((ROOT / "configs" / "synthesis").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def rooms(tmp_path_factory):
+    """Two small rendered rooms."""
+    folder = tmp_path_factory.mktemp("rooms")
+    config = RenderConfig(num_frames=10, width=128, height=128)
+    for seed in (100, 103):
+        write_room(RoomSpec(seed=seed, split="train"), folder, config)
+    return folder
+
+
+def scenes_of(folder):
+    return [load_scene(path) for path in sorted(folder.glob("**/scene.json"))]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_task_files_load_and_say_what_they_are_for(path):
+    plan = make_plan(str(path))
+    assert plan.tasks
+    head = path.read_text().splitlines()[:3]
+    assert [line.split()[1] for line in head] == ["Purpose", "Command", "Yield"]
+
+
+def test_all_task_files_together_cover_every_task():
+    named = set()
+    for path in CONFIGS:
+        if path.stem not in ("all", "tiny"):
+            named |= set(make_plan(str(path)).tasks)
+    assert set(make_plan(str(ROOT / "configs/synthesis/all.yaml")).tasks) == set(TASKS)
+    assert len(named) >= 40
+
+
+def test_nearly_every_task_has_rows_in_two_rooms_and_all_verify(rooms, tmp_path):
+    synthesize(
+        rooms, tmp_path, make_plan(str(ROOT / "configs/synthesis/tiny.yaml")), executor="serial"
+    )
+    report = verify(tmp_path, rooms)
+    assert report.mismatches == []
+    # Whether a label repeats visibly, cameras ring a centre, or a route exists depends on the room.
+    assert set(TASKS) - set(report.by_task) <= {"vsi_count", "cam_pose", "route_plan", "vsi_route"}
+
+
+def test_masks_make_every_format_possible(rooms):
+    plan = replace(make_plan("is_size", per_task=4), wording=Wording(masks=True))
+    rows, _ = generate_scene(scenes_of(rooms)[0], plan)
+    assert rows
+    assert any(row["formats_ok"] == list(range(19)) for row in rows)
+    for slot in json.loads(rows[0]["slots"]):
+        for rle in slot["masks"].values():
+            assert sum(rle["counts"]) == 128 * 128
+
+
+def test_chains_of_thought_end_in_the_typed_answer(rooms):
+    plan = replace(make_plan("vsi_rel_dir,vsi_rel_dist", per_task=30), wording=Wording(cot=1.0))
+    found = 0
+    for scene in scenes_of(rooms):
+        for row in generate_scene(scene, plan)[0]:
+            if "cot" in row["tags"]:
+                found += 1
+                reply = row["messages"][-1]["content"]
+                assert "at [5, 5]" in reply
+                assert reply.endswith(f"So the answer is {row['answer_text']}.")
+                assert row["form"] == "SENT"
+    assert found >= 3
+
+
+def test_boxes_of_visible_points_lie_inside_the_annotated_boxes(rooms):
+    scene = scenes_of(rooms)[0]
+    seen = boxes_of_visible_points(scene)
+    smaller = 0
+    for before, after in zip(scene.objects, seen.objects, strict=True):
+        if not after.is_target:
+            continue
+        # A pixel of a slanted surface reaches a little over the edge.
+        assert before.box.contains(after.box.corners, margin=0.08).all()
+        smaller += after.box.volume < 0.95 * before.box.volume
+    assert smaller >= 3
+    exact, _ = generate_scene(scene, make_plan("size_abs", per_task=20))
+    partial, _ = generate_scene(
+        scene, make_plan("size_abs", per_task=20, overrides={"geometry": "points"})
+    )
+    assert {row["answer_text"] for row in exact} != {row["answer_text"] for row in partial}
+
+
+def test_points_need_depth(hand_room):
+    with pytest.raises(SynthesisError, match="depth"):
+        boxes_of_visible_points(hand_room)
+
+
+def test_without_the_visibility_filter_hidden_objects_are_asked_about(rooms):
+    scene = scenes_of(rooms)[0]
+    strict, loose = SceneContext(scene), SceneContext(scene, visibility_filter=False)
+    more = sum(len(set(loose.view(i).clean) - set(strict.view(i).clean)) for i in range(10))
+    assert more > 0
+    rows, _ = generate_scene(scene, make_plan("left_right", overrides={"visibility_filter": False}))
+    assert rows
+    assert all(row["margin"]["value"] >= row["margin"]["threshold"] for row in rows)
+
+
+def test_unmeasured_visibility_needs_a_word_of_permission(rooms):
+    scene = scenes_of(rooms)[0]
+    frames = [
+        replace(
+            f,
+            depth=None,
+            instance_map=None,
+            visible=[replace(v, occupancy=None) for v in f.visible],
+        )
+        for f in scene.frames
+    ]
+    bare = replace(scene, frames=frames)
+    rows, counters = generate_scene(bare, make_plan("left_right"))
+    assert rows == []
+    assert counters["left_right", "needs:visibility"] == 1
+    rows, _ = generate_scene(bare, make_plan("left_right", overrides={"allow_unfiltered": True}))
+    assert rows
+    assert "unfiltered" in rows[0]["tags"]
+
+
+@pytest.mark.slow
+def test_ray_writes_the_same_files(rooms, tmp_path):
+    pytest.importorskip("ray", reason="ray is not installed (pip install spatialvlm[ray])")
+    plan = make_plan("left_right,locate_cell")
+    synthesize(rooms, tmp_path / "serial", plan, executor="serial")
+    synthesize(rooms, tmp_path / "ray", plan, executor="ray", workers=2)
+    files = [p.name for p in sorted((tmp_path / "serial").glob("*.parquet"))]
+    assert len(files) == 2
+    for name in files:
+        assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "serial" / name).read_bytes()
