@@ -299,12 +299,17 @@ class ArrowRows(Container):
         return [self._cell(member) for member in ref.member.split("\n")]
 
     def _cell(self, member: str) -> bytes:
-        row, field, item = member.split("/")
-        group, index = self._find(int(row))
-        scalar = self._group(group)[0].column(field)[index]
-        if int(item) >= 0 and scalar.is_valid:
-            scalar = scalar.values[int(item)]
-        value = scalar.as_py()
+        try:
+            row, field, item = member.split("/")
+            group, index = self._find(int(row))
+            scalar = self._group(group)[0].column(field)[index]
+            if int(item) >= 0 and scalar.is_valid:
+                scalar = scalar.values[int(item)]
+            value = scalar.as_py()
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise MediaError(
+                f"{self.path.name} has no cell {member!r}: {error}", reason="bad_cell"
+            ) from error
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes) or not data:
             raise MediaError(
@@ -323,6 +328,8 @@ class ArrowRows(Container):
         return tuple(self._starts)
 
     def _find(self, row: int) -> tuple[int, int]:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
         group = bisect.bisect_right(self._starts, row) - 1
         return group, row - self._starts[group]
 

@@ -165,7 +165,11 @@ class Source:
         """
         if ref.path not in self._containers and not resolve(self.root, "", ref.path).is_file():
             raise MediaError(f"{ref.path} is not below {self.root}.", reason="missing")
-        return self.container(ref.path).media_bytes(ref)
+        try:
+            container = self.container(ref.path)
+        except ConfigError as error:
+            raise MediaError(str(error), reason="bad_cell") from error
+        return container.media_bytes(ref)
 
     def _open(self, name: str) -> Container:
         path = self.root / name

@@ -250,6 +250,10 @@ def _pieces(content: Any, number: int, attrs: SourceAttrs, place: Place) -> list
             )
             if payload is None:
                 pieces.append(_IMAGE if name == "image" else _VIDEO)
+            elif isinstance(payload, Mapping) and payload.get("bytes"):
+                raise place.error(
+                    "schema", f'embeds bytes in turn {number}; move them to a column "{name}s".'
+                )
             else:
                 clip = read_clip(part, place) if name == "video" else None
                 pieces.append(read_medium(payload, name, kind, -1, attrs, place, clip))

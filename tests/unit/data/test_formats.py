@@ -439,6 +439,7 @@ def test_rule_b_markers():
         ({"conversations": ["hi"]}, "schema", "has str as turn 0"),
         ({"conversations": [{"from": "tool", "value": ""}]}, "schema", "role 'tool' in turn 0; known: human, user"),
         ({"conversations": [{"from": "human", "value": 3}]}, "schema", "has 3 as content of turn 0"),
+        ({"conversations": [{"from": "human", "value": [{"type": "image", "image": {"bytes": True}}]}]}, "schema", 'move them to a column "images"'),
         ({"conversations": [{"from": "human", "value": [{"type": "audio"}]}]}, "schema", "known types: text, image"),
         (talk(("u", "\ud800?"), ("a", "!")), "schema", "half a surrogate pair"),
         (talk(*QA, image="\udfff.jpg"), "schema", "half a surrogate pair"),

@@ -12,6 +12,7 @@ import pytest
 
 from spatialvlm.data.containers import ArrowRows, JsonArray, JsonLines, TarRows
 from spatialvlm.data.formats import SourceAttrs
+from spatialvlm.data.sample import MediaRef
 from spatialvlm.data.sources import Source, check_sources
 from spatialvlm.errors import ConfigError, DataError, MediaError
 
@@ -130,6 +131,28 @@ def test_arrow_rows_hide_bytes_and_give_them_on_request(tmp_path, kind):
     assert container._cell("1/raw/-1") == b"r"
     with pytest.raises(MediaError, match="cell 3/image/-1 holds no bytes"):
         container._cell("3/image/-1")
+    for member in ("99/image/-1", "-1/image/-1", "5/image/0", "5/raw/0", "5/other/0", "5/images/7", "5/images", "x/y/z"):
+        with pytest.raises(MediaError, match="has no cell") as caught:
+            container._cell(member)
+        assert caught.value.reason == "bad_cell"
+
+
+def test_cells_of_other_files_are_media_errors(tmp_path):
+    for name in ("a.txt", "b.arrow", "c.jsonl"):
+        (tmp_path / name).write_text("no")
+    mine = Source(SourceAttrs("s", "x"), files=["c.jsonl"], root=tmp_path, format="canonical")
+    refs = {
+        name: MediaRef("image", "cell", name, "0/image/-1")
+        for name in ("a.txt", "b.arrow", "c.jsonl")
+    }
+    for ref in refs.values():
+        with pytest.raises(MediaError) as caught:
+            mine.media_bytes(ref)
+        assert caught.value.reason == "bad_cell"
+    with pytest.raises(MediaError, match="not below"):
+        mine.media_bytes(MediaRef("image", "tar", "gone.tar", "x"))
+    with pytest.raises(MediaError, match="outside"):
+        mine.media_bytes(MediaRef("image", "tar", "../gone.tar", "x"))
 
 
 def test_row_groups_are_read_once_per_neighbourhood(tmp_path):
