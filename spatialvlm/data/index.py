@@ -53,23 +53,14 @@ FLAG_MARKS, FLAG_VARIABLE, FLAG_BLOCKED, FLAG_NO_ID = 1, 2, 4, 8
 """Has marks to draw; its text depends on the epoch; names a blocked scene; names no known scene."""
 
 
-def media_key(sample: Sample, salt: bytes = b"") -> int:
-    """Identity of the ordered media list; 0 without media."""
-    return media_and_prefix_key(sample, salt)[0]
-
-
-def prefix_key(sample: Sample, salt: bytes = b"") -> int:
-    """Equal for rows of one source that may share their media prefix; 0 = never.
-
-    Covers the system text, the first user turn up to its last medium, the media, marks, and the geometry
-    flag. Rows without media, or with media after the first answer, get 0. Whether rows really share is
-    decided from their tokens and pixels when a step is planned; this key only brings them together.
-    """
-    return media_and_prefix_key(sample, salt)[1]
-
-
 def media_and_prefix_key(sample: Sample, salt: bytes = b"") -> tuple[int, int]:
-    """:func:`media_key` and :func:`prefix_key` at once."""
+    """Identity of the ordered media list, and of the media prefix; 0 without media.
+
+    The prefix key is equal for rows of one source that may share their prefix. It covers the system text,
+    the first user turn up to its last medium, the media, marks, and the geometry flag; rows with media
+    after the first answer get 0. Whether rows really share is decided from their tokens and pixels when a
+    step is planned; this key only brings them together.
+    """
     if not sample.media:
         return 0, 0
     media = "\0".join(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from spatialvlm.data.order import SplitTree
-from spatialvlm.data.sample import DRAW_DTYPE, Draw, Shares
+from spatialvlm.data.sample import DRAW_DTYPE, Draw
 from spatialvlm.data.units import (
     Lane,
     SourceRows,
@@ -111,9 +111,6 @@ class Mixture:
                 mean = self._average(level, lambda lane: _mean_tokens(sources[lane.source]))
                 weights[n] /= Fraction(mean)
         self._tree = SplitTree(weights)
-        self._family_of = tuple(source.family for source in sources)
-        self._capability_ids = [source.capability for source in sources]
-        self._capability_names = [source.capabilities for source in sources]
         self._epoch_rows = {
             name: sum(
                 (
@@ -147,10 +144,6 @@ class Mixture:
             "mode": mode,
         }
         """Everything the order depends on, as hashes or values."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        # columns of the row tables stay here: they serve `shares`, which workers have no use for
-        return self.__dict__ | {"_capability_ids": [None] * len(self.source_names)}
 
     @property
     def fingerprint(self) -> str:
@@ -227,26 +220,6 @@ class Mixture:
     def unit_rows(self, lane: int, unit: int) -> IntArray:
         """Rows of one unit, int64 ``[size]``."""
         return np.asarray(self.lanes[lane].rows[unit], np.int64)
-
-    def shares(self, start: int, stop: int) -> Shares:
-        """Realised sample counts by family, source and capability of ``[start, stop)``."""
-        draws = self.draws(start, stop)
-        counts: dict[str, int] = {}
-        lanes, num = np.unique(draws["lane"], return_counts=True)
-        for lane, n in zip(lanes, num, strict=True):
-            source = self.lanes[lane].source
-            for key in (f"family/{self._family_of[source]}", f"source/{self.source_names[source]}"):
-                counts[key] = counts.get(key, 0) + int(n)
-        for source in np.unique(draws["source"]):
-            ids = self._capability_ids[source]
-            if ids is None:
-                continue
-            rows = draws["row"][draws["source"] == source]
-            for c, n in zip(*np.unique(ids[rows], return_counts=True), strict=True):
-                if c >= 0:
-                    key = f"capability/{self._capability_names[source][c]}"
-                    counts[key] = counts.get(key, 0) + int(n)
-        return Shares(samples=dict(sorted(counts.items())))
 
     def distinct_media(self, draws: int) -> float:
         """Expected number of distinct media among ``draws`` draws, if no medium is met twice.
