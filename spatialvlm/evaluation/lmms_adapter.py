@@ -183,6 +183,16 @@ def _chat_class() -> type:
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
             """Answers in request order."""
+            from PIL import ImageFile
+
+            # Some lmms-eval tasks switch this on for the whole process; our loader refuses cut-off pictures.
+            before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+            try:
+                return self._answer(requests)
+            finally:
+                ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+        def _answer(self, requests: Sequence[Any]) -> list[str]:
             return run_requests(requests, self.task_dict, self.generator, self.batch_size_per_gpu)
 
         def loglikelihood(self, requests: Sequence[Any]) -> Any:

@@ -61,8 +61,12 @@ def _from_row(row: Any, place: str) -> Prediction:
 def _lmms_row(row: Any, place: str) -> dict[str, Any]:
     """A line of lmms-eval's ``*_samples_*.jsonl``."""
     try:
-        answer = row["filtered_resps"][0]
-        return {"id": row["doc_id"], "prediction": answer if isinstance(answer, str) else answer[0]}
+        answer = row[
+            "filtered_resps"
+        ]  # a string, or lists around it, depending on the task's filters
+        while not isinstance(answer, str):
+            answer = answer[0]
+        return {"id": row["doc_id"], "prediction": answer}
     except (KeyError, IndexError, TypeError):
         raise DataError(
             f"{place}: not an lmms-eval sample (needs 'doc_id' and 'filtered_resps')"
