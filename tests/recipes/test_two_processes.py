@@ -1,0 +1,79 @@
+"""The shipped launcher files with two real processes: DeepSpeed ZeRO-2 and ZeRO-3, FSDP2, and moves between them."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def launch(
+    file: str, stage: int, config: Path, *overrides: str, env: dict[str, str]
+) -> subprocess.CompletedProcess:
+    """``accelerate launch`` as in the README."""
+    accelerate = shutil.which("accelerate", path=str(Path(sys.executable).parent))
+    command = [
+        accelerate,
+        "launch",
+        "--config_file",
+        f"configs/accelerate/{file}.yaml",
+        f"recipes/stage{stage}.py",
+    ]
+    return subprocess.run(
+        [*command, str(config), *overrides],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def losses(run_dir: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines]
+
+
+@pytest.mark.smoke
+def test_zero2_stage_2_equals_one_process(recipe, tmp_path, environment):
+    out = tmp_path / "run"
+    done = launch("cpu2_zero2", 2, recipe(2, "qwen3vl"), f"run.dir={out}", env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(out) == pytest.approx(
+        json.loads((GOLDEN / "stage2_qwen3vl.json").read_text()), rel=1e-5
+    )
+    assert json.loads((out / "run.json").read_text())["state"] == "finished"
+    assert (
+        json.loads((out / "checkpoints" / "step-00000006" / "manifest.json").read_text())[
+            "strategy"
+        ]
+        == "zero2"
+    )
+
+
+@pytest.mark.smoke
+def test_one_run_moves_from_zero2_to_zero3_to_fsdp2_to_one_process(
+    run, recipe, tmp_path, environment
+):
+    """World 2 -> 2 -> 2 -> 1: same samples per step, same losses, same groups."""
+    config, out = recipe(1, "qwen3vl"), f"run.dir={tmp_path / 'run'}"
+    for file, *more in (("cpu2_zero2",), ("cpu2_zero3",), ("cpu2_ddp", "parallel.strategy=fsdp2")):
+        done = launch(
+            file, 1, config, out, f"run.stop_after_steps={1 if more else 2}", *more, env=environment
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "preempted"
+    assert run(1, config, out) == 0
+    golden = json.loads((GOLDEN / "stage1_qwen3vl.json").read_text())
+    assert losses(tmp_path / "run") == pytest.approx(golden, rel=1e-5)
+    written = {
+        p.name: json.loads((p / "manifest.json").read_text())["strategy"]
+        for p in (tmp_path / "run" / "checkpoints").iterdir()
+    }
+    assert written == {"step-00000005": "fsdp2", "step-00000006": "ddp"}
