@@ -64,7 +64,7 @@ def build_index(
     key, content_key = _keys(source, check_key)
     folder = Path(index_dir) / f"{source.name}-{key}"
     if not (folder / "info.json").is_file():
-        with locked(folder.with_suffix(".lock")):
+        with locked(folder.with_name(f"{folder.name}.lock")):
             if not (folder / "info.json").is_file():
                 _build(source, folder, content_key, check, workers)
     index = SourceIndex(source, folder)
@@ -124,7 +124,7 @@ def _keys(source: Source, check_key: str) -> tuple[str, str]:
 class _Part:
     """What one scanning process found: column files and counters."""
 
-    columns: list[Path]
+    columns: Path
     rows: int
     capabilities: list[str]
     rejected: Counter[str]
@@ -137,7 +137,7 @@ class _Part:
 def _build(
     source: Source, folder: Path, content_key: str, check: SceneCheck | None, workers: int
 ) -> None:
-    partial = folder.with_suffix(".partial")
+    partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -184,7 +184,7 @@ def _scan_part(
 ) -> _Part:
     """Read some rows and write their columns to ``target/<column>``, raw."""
     target.mkdir()
-    found = _Part([], 0, [], Counter(), {}, Counter(), {}, Counter())
+    found = _Part(target, 0, [], Counter(), {}, Counter(), {}, Counter())
     names: dict[str, int] = {}
     checked: dict[str, tuple[str, ...] | None] = {}
     records: list[tuple[Any, ...]] = []
@@ -224,7 +224,6 @@ def _scan_part(
     flush()
     for handle in (*handles.values(), rejected_file):
         handle.close()
-    found.columns = [target]
     found.capabilities = list(names)
     return found
 
@@ -336,7 +335,7 @@ def _merge(parts: Sequence[_Part], folder: Path) -> dict[str, Any]:
             header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False}
             np.lib.format.write_array_header_1_0(out, header | {"shape": (rows,)})
             for part in parts:
-                piece = part.columns[0] / name
+                piece = part.columns / name
                 if name == "capability":
                     local = np.array([-1, *(number[c] for c in part.capabilities)], np.int16)
                     out.write(local[np.fromfile(piece, kind) + 1].tobytes())
@@ -346,8 +345,8 @@ def _merge(parts: Sequence[_Part], folder: Path) -> dict[str, Any]:
                 piece.unlink()
     with (folder / "rejected.jsonl").open("w") as out_text:
         for part in parts:
-            out_text.write((part.columns[0] / "rejected.jsonl").read_text())
-            shutil.rmtree(part.columns[0])
+            out_text.write((part.columns / "rejected.jsonl").read_text())
+            shutil.rmtree(part.columns)
     rejected: Counter[str] = Counter()
     blocked: Counter[str] = Counter()
     counts: Counter[str] = Counter()
