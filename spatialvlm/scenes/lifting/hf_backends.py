@@ -1,0 +1,154 @@
+"""Neural backends from transformers: Depth Anything V2, Grounding DINO, SAM 2.
+
+Everything heavy is imported inside the constructors. ``checkpoint`` is a folder or a hub id; the backend's
+version is the checkpoint name and the number of its parameters.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from spatialvlm.errors import BackendUnavailableError
+from spatialvlm.scenes.lifting.protocols import Detection, Mask
+from spatialvlm.scenes.transforms import Array
+
+BOX_THRESHOLD = 0.3
+TEXT_THRESHOLD = 0.25
+
+
+def _load(model_class: str, checkpoint: str, device: str) -> tuple[Any, Any]:
+    """Processor and model in evaluation mode.
+
+    Raises:
+        BackendUnavailableError: transformers, the class, or the weights are missing.
+    """
+    try:
+        import transformers
+
+        processor_class = (
+            "AutoImageProcessor"
+            if model_class == "AutoModelForDepthEstimation"
+            else "AutoProcessor"
+        )
+        processor = getattr(transformers, processor_class).from_pretrained(checkpoint)
+        model = getattr(transformers, model_class).from_pretrained(checkpoint)
+    except (ImportError, AttributeError, OSError) as error:
+        raise BackendUnavailableError(
+            f"{model_class} from {checkpoint!r} is not available: {error}. Install transformers with vision "
+            "support and pass a local folder or a hub id whose weights can be read."
+        ) from error
+    return processor, model.eval().to(device)
+
+
+def _version(checkpoint: str, model: Any) -> str:
+    return f"{checkpoint.rstrip('/').split('/')[-1]}-{sum(p.numel() for p in model.parameters())}"
+
+
+class DepthAnythingDepth:
+    """Depth Anything V2; ``metric`` checkpoints give metres."""
+
+    id = "depth-anything-v2"
+
+    def __init__(self, checkpoint: str, *, metric: bool, device: str = "cpu") -> None:
+        self._processor, self._model = _load("AutoModelForDepthEstimation", checkpoint, device)
+        self.metric, self._device = metric, device
+        self.version = _version(checkpoint, self._model)
+
+    def depth(self, images: Array) -> Array:
+        """Z-depth at the size of the images; relative checkpoints give inverse depth, turned round here."""
+        import torch
+
+        inputs = self._processor(images=list(images), return_tensors="pt").to(self._device)
+        with torch.inference_mode():
+            predicted = self._model(**inputs).predicted_depth[:, None]
+            resized = torch.nn.functional.interpolate(
+                predicted, images.shape[1:3], mode="bilinear"
+            )[:, 0]
+        values: Array = resized.float().cpu().numpy()
+        return values if self.metric else 1.0 / np.maximum(values, 1e-3)
+
+
+class GroundingDinoDetector:
+    """Grounding DINO: boxes for a list of labels."""
+
+    id = "grounding-dino"
+
+    def __init__(self, checkpoint: str, device: str = "cpu") -> None:
+        self._processor, self._model = _load(
+            "AutoModelForZeroShotObjectDetection", checkpoint, device
+        )
+        self._device = device
+        self.version = _version(checkpoint, self._model)
+
+    def detect(self, images: Array, labels: Sequence[Sequence[str]]) -> list[list[Detection]]:
+        """Boxes per image; phrases that are not one of the asked labels are left out."""
+        return [
+            self._detect_one(image, list(asked))
+            for image, asked in zip(images, labels, strict=True)
+        ]
+
+    def _detect_one(self, image: Array, labels: list[str]) -> list[Detection]:
+        import torch
+
+        if not labels:
+            return []
+        text = ". ".join(labels) + "."
+        inputs = self._processor(images=image, text=text, return_tensors="pt").to(self._device)
+        with torch.inference_mode():
+            outputs = self._model(**inputs)
+        found = self._processor.post_process_grounded_object_detection(
+            outputs,
+            inputs["input_ids"],
+            threshold=BOX_THRESHOLD,
+            text_threshold=TEXT_THRESHOLD,
+            target_sizes=[image.shape[:2]],
+        )[0]
+        names = found.get("text_labels", found["labels"])
+        height, width = image.shape[:2]
+        detections = []
+        for box, score, name in zip(
+            found["boxes"].tolist(), found["scores"].tolist(), names, strict=True
+        ):
+            x0, y0, x1, y1 = np.clip(box, 0, [width, height, width, height]).tolist()
+            if name in labels and x1 > x0 and y1 > y0:
+                detections.append(Detection(str(name), (x0, y0, x1, y1), float(score)))
+        return detections
+
+
+class Sam2Segmenter:
+    """SAM 2 with box prompts."""
+
+    id = "sam2"
+
+    def __init__(self, checkpoint: str, device: str = "cpu") -> None:
+        self._processor, self._model = _load("Sam2Model", checkpoint, device)
+        self._device = device
+        self.version = _version(checkpoint, self._model)
+
+    def segment(self, images: Array, boxes: Sequence[Sequence[Detection]]) -> list[list[Mask]]:
+        """One mask per detection, with the model's own estimate of its quality as score."""
+        return [
+            self._segment_one(image, list(found))
+            for image, found in zip(images, boxes, strict=True)
+        ]
+
+    def _segment_one(self, image: Array, boxes: list[Detection]) -> list[Mask]:
+        import torch
+
+        if not boxes:
+            return []
+        prompts = [[list(detection.bbox) for detection in boxes]]
+        inputs = self._processor(images=image, input_boxes=prompts, return_tensors="pt").to(
+            self._device
+        )
+        with torch.inference_mode():
+            outputs = self._model(**inputs, multimask_output=False)
+        masks = self._processor.post_process_masks(
+            outputs.pred_masks.cpu(), inputs["original_sizes"].cpu()
+        )[0]
+        scores = outputs.iou_scores[0, :, 0].float().cpu().numpy()
+        return [
+            Mask(np.asarray(mask[0]).astype(bool), float(score))
+            for mask, score in zip(masks, scores, strict=True)
+        ]
