@@ -216,6 +216,7 @@ class LengthTable:
             encoder.overlong,
             encoder.train_on,
             encoder.coords,
+            getattr(encoder.expand_format, "__qualname__", repr(encoder.expand_format)),
         )
         key = hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()
         return encoder.indices[source].folder / f"lengths-{key}"
