@@ -439,17 +439,18 @@ class TarRows(Container):
             raise ConfigError(
                 f"{path} is not an uncompressed tar file ({error}); unpack compressed shards first."
             ) from error
+        self._order = list(self._keys)
 
     def scan(self) -> Iterator[RawRow]:
         """All rows in file order."""
-        for number, key in enumerate(self._keys):
+        for number, key in enumerate(self._order):
             offset, length = self._members.get(f"{key}.json", (0, 0))
             yield RawRow(number, offset, length, _value_or_error(partial(self._row, key)))
 
     def read(self, row: int, offset: int, length: int) -> Any:
         """One row at the address that :meth:`scan` gave."""
         del offset, length
-        return self._row(list(self._keys)[row])
+        return self._row(self._order[row])
 
     def media_bytes(self, ref: MediaRef) -> list[bytes]:
         """Embedded bytes of one medium: one entry, or one per frame."""

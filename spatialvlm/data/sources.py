@@ -31,6 +31,7 @@ from spatialvlm.data.sample import MediaRef, Sample
 from spatialvlm.errors import ConfigError, DataError, MediaError
 
 _DETECT_ROWS = 100
+_OPEN_FILES = 4
 MAX_FILES = 65_535
 """Files of one source; the row table numbers them in 16 bits."""
 
@@ -111,7 +112,14 @@ class Source:
     def container(self, file: int | str) -> Container:
         """The container of a data file: its number, or a path below the root."""
         name = self.files[file] if isinstance(file, int) else file
-        if name not in self._containers:
+        if (
+            self.access == "row_group"
+        ):  # decoded row groups are large: forget the file used longest ago
+            known = self._containers.pop(name, None) or self._open(name)
+            self._containers[name] = known
+            if len(self._containers) > _OPEN_FILES:
+                del self._containers[next(iter(self._containers))]
+        elif name not in self._containers:
             self._containers[name] = self._open(name)
         return self._containers[name]
 

@@ -131,7 +131,16 @@ def test_arrow_rows_hide_bytes_and_give_them_on_request(tmp_path, kind):
     assert container._cell("1/raw/-1") == b"r"
     with pytest.raises(MediaError, match="cell 3/image/-1 holds no bytes"):
         container._cell("3/image/-1")
-    for member in ("99/image/-1", "-1/image/-1", "5/image/0", "5/raw/0", "5/other/0", "5/images/7", "5/images", "x/y/z"):
+    for member in (
+        "99/image/-1",
+        "-1/image/-1",
+        "5/image/0",
+        "5/raw/0",
+        "5/other/0",
+        "5/images/7",
+        "5/images",
+        "x/y/z",
+    ):
         with pytest.raises(MediaError, match="has no cell") as caught:
             container._cell(member)
         assert caught.value.reason == "bad_cell"
@@ -166,6 +175,17 @@ def test_row_groups_are_read_once_per_neighbourhood(tmp_path):
     assert container.rows_decoded == 20
     assert container.read_amplification == 20 / 7
     assert container.group_starts == (0, 5, 10, 15, 20)
+
+
+def test_few_files_of_row_groups_stay_open(tmp_path):
+    for n in range(7):
+        pq.write_table(embedded(), tmp_path / f"{n}.parquet", row_group_size=5)
+    mine = source(tmp_path, "*.parquet", access="row_group", format="sharegpt")
+    first = mine.container(0)
+    for n in (1, 2, 0, 3, 4):
+        mine.container(n)
+    assert list(mine._containers) == ["2.parquet", "0.parquet", "3.parquet", "4.parquet"]
+    assert mine.container(0) is first
 
 
 def test_much_read_amplification_is_logged_once(tmp_path, monkeypatch, caplog):
