@@ -71,6 +71,15 @@ def random_mixture(rng):
     ), sources
 
 
+def source_share(order, sources, number):
+    """Share of a source in the whole mixture, by family weight and rows times repeat."""
+    source = sources[number]
+    families = dict(zip(order.family_names, order._tree.weights, strict=True))
+    rows_of = [order.drawn_rows[s.name] * s.repeat for s in sources]
+    mine = sum(r for r, s in zip(rows_of, sources, strict=True) if s.family == source.family)
+    return families[source.family] / sum(families.values()) * rows_of[number] / mine
+
+
 def test_random_mixtures_at_equals_draws_and_rows_come_once_per_epoch():
     rng = random.Random(0)
     for _ in range(200):
@@ -87,6 +96,10 @@ def test_random_mixtures_at_equals_draws_and_rows_come_once_per_epoch():
             for epoch in range(int(mine["epoch"].max(initial=-1))):
                 seen = mine["row"][mine["epoch"] == epoch]
                 assert np.array_equal(np.sort(seen), np.sort(lane.rows.ravel()))
+        for number in range(len(sources)):
+            share = source_share(order, sources, number)
+            off = np.cumsum(draws["source"] == number) - share * np.arange(1, 1001)
+            assert max(off.max(), 0) - min(off.min(), 0) <= 3 * order.branches
         # a unit's rows stand next to each other inside the family
         for family in {s.family for s in sources}:
             members = [i for i, s in enumerate(sources) if s.family == family]
