@@ -6,7 +6,7 @@ import resource
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,10 +14,12 @@ from typing import Any
 
 from spatialvlm import __version__
 from spatialvlm.errors import ConfigError, SpatialVLMError, SynthesisError
+from spatialvlm.scenes.schema import Scene
 from spatialvlm.synthesis.executors import Executor, run_parts
-from spatialvlm.synthesis.generate import generate_scene
+from spatialvlm.synthesis.generate import RowMaker, generate_scene, make_context
 from spatialvlm.synthesis.parts import (
     Part,
+    SceneRef,
     finished_sidecar,
     image_prefix,
     list_scenes,
@@ -28,6 +30,7 @@ from spatialvlm.synthesis.parts import (
 )
 from spatialvlm.synthesis.plan import SynthesisPlan
 from spatialvlm.synthesis.rows import GEN_VERSION, compact_json
+from spatialvlm.synthesis.twins import base_of, counterfactual_rows
 from spatialvlm.synthesis.wording import PhraseBook, default_book
 
 MAX_FAILED = 0.01
@@ -43,6 +46,8 @@ class Job:
     scenes: Path
     out: Path
     plan: SynthesisPlan
+    bases: Mapping[str, SceneRef] = field(default_factory=dict)
+    """All scenes by id: where twins find their rooms."""
     blocked: tuple[str, ...] = ()
     """Ids of scenes that must not be used (see ``scenes.blacklist``)."""
     dry_run: bool = False
@@ -116,7 +121,8 @@ def synthesize(
     refs = list_scenes(scenes)[:limit]
     parts = [part for part in split_into_parts(refs) if part.index % count == index]
     summary = Summary()
-    job = Job(scenes, out, plan, tuple(sorted(blocked)), dry_run)
+    bases = {ref.scene_id: ref for ref in refs}
+    job = Job(scenes, out, plan, bases, tuple(sorted(blocked)), dry_run)
     todo = []
     if not dry_run:
         out.mkdir(parents=True, exist_ok=True)
@@ -165,6 +171,9 @@ def run_part(job: Job, part: Part) -> dict[str, Any]:
                 continue
             prefix = image_prefix(scene, job.scenes)
             made, counted = generate_scene(scene, job.plan, image_prefix=prefix, book=book)
+            base = base_of(scene)
+            if base is not None and base in job.bases:
+                made = with_pairs(job, scene, read_scene(job.bases[base]), prefix, book, made)
         except SCENE_FAILURES:
             failed[ref.scene_id] = traceback.format_exc()
             continue
@@ -189,6 +198,17 @@ def run_part(job: Job, part: Part) -> dict[str, Any]:
     if not job.dry_run:
         write_part(job.out, part, rows, sidecar)
     return sidecar
+
+
+def with_pairs(
+    job: Job, twin: Scene, base: Scene, prefix: str, book: PhraseBook, made: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Rows of a twin, those that pair with a row of its room marked, and further such rows added."""
+    base_rows, _ = generate_scene(base, job.plan, book=book)
+    maker = RowMaker(make_context(twin, job.plan), job.plan, book, prefix)
+    pairs = {row["id"]: row for row in counterfactual_rows(base_rows, base, maker)}
+    marked = [pairs.pop(row["id"], row) for row in made]
+    return sorted([*marked, *pairs.values()], key=lambda row: (row["task"], row["id"]))
 
 
 def _add(summary: Summary, sidecar: dict[str, Any]) -> None:

@@ -126,6 +126,9 @@ class RowMaker:
             "license": scene.license,
             "config_hash": plan.config_hash,
         }
+        # A twin is worded like its room, so that pairs differ in their pictures and answers only.
+        twin = scene.extra.get("twin")
+        self.seed_id = str(twin["of"]) if twin else scene.scene_id
         self._task_columns: dict[str, dict[str, Any]] = {}
 
     def row(self, task: Task, args: Args) -> dict[str, Any]:
@@ -148,6 +151,7 @@ class RowMaker:
             key,
             forms,
             seed=self.plan.seed,
+            identity=self.seed_id,
             wording=self.plan.wording,
             book=self.book,
         )

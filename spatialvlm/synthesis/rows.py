@@ -43,6 +43,7 @@ class Reason(StrEnum):
     NEEDS_FRONT = "needs:front", "no object with a front is clean in two frames"
     NEEDS_TIME = "needs:time", "a frame has no timestamp"
     NEEDS_ROOM = "needs:room", "the floor area is unknown"
+    NO_BLOCKS = "no_blocks", "the scene is not a stack of cubes"
     NEEDS_VISIBILITY = "needs:visibility", "visibility was not measured (see --allow-unfiltered)"
     TOO_FEW_OBJECTS = "too_few_objects", "fewer objects than the question names"
     TOO_FEW_FRAMES = "too_few_frames", "fewer than two frames for a video question"

@@ -40,6 +40,7 @@ class Writer:
         args_json: Arguments of the question as JSON; they seed every choice.
         forms: Answer forms to choose from.
         seed: Global seed.
+        identity: Whose choices to make: the scene id.
         wording: How to word questions.
         book: Templates.
     """
@@ -52,6 +53,7 @@ class Writer:
         forms: Sequence[Form],
         *,
         seed: int,
+        identity: str,
         wording: Wording,
         book: PhraseBook,
     ) -> None:
@@ -59,7 +61,7 @@ class Writer:
         self.task = task
         self.wording = wording
         self.book = book
-        self.draws = Draws(seed, ctx.scene.scene_id, task, args_json)
+        self.draws = Draws(seed, identity, task, args_json)
         self.base: Form = self.draws.choice(forms)
         """Form of the answer itself; a sentence may still wrap it."""
         self.in_sentence = self.draws.unit() < wording.sentences

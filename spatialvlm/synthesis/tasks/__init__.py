@@ -1,6 +1,7 @@
 """All tasks by id. A new task is a class with three methods and one line here."""
 
 from spatialvlm.synthesis.tasks import (
+    blocks,
     camera,
     extra,
     intern,
@@ -70,6 +71,7 @@ _ALL: tuple[Task, ...] = (
     extra.Grounding2d(),
     reasoning.LocationText(),
     multiview.MvSizeRel(),
+    blocks.DaBlocks(),
 )
 TASKS: dict[str, Task] = {task.id: task for task in _ALL}
 """Task id -> task, in the order of the documentation."""

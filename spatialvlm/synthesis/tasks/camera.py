@@ -180,7 +180,8 @@ class DepthOrder(Task):
 
 def permutations_of(draws: Draws, right: list[str], count: int = 3) -> list[str]:
     """Wrong orders of the same words, written out; fewer if there are fewer."""
-    wanted = min(count, math.factorial(len(right)) - 1)
+    repeats = math.prod(math.factorial(right.count(word)) for word in set(right))
+    wanted = min(count, math.factorial(len(right)) // repeats - 1)
     wrong: list[str] = []
     while len(wrong) < wanted:
         text = ", ".join(draws.shuffled(right))

@@ -60,7 +60,7 @@ def test_nearly_every_task_has_rows_in_two_rooms_and_all_verify(rooms, tmp_path)
     report = verify(tmp_path, rooms)
     assert report.mismatches == []
     # Whether a label repeats visibly, cameras ring a centre, or a route exists depends on the room.
-    assert set(TASKS) - set(report.by_task) <= {"vsi_count", "cam_pose", "route_plan", "vsi_route"}
+    assert set(TASKS) - set(report.by_task) <= {"vsi_count", "cam_pose", "route_plan", "vsi_route", "da_blocks"}
 
 
 def test_masks_make_every_format_possible(rooms):
@@ -150,3 +150,48 @@ def test_ray_writes_the_same_files(rooms, tmp_path):
     assert len(files) == 2
     for name in files:
         assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "serial" / name).read_bytes()
+
+
+def test_twins_give_pairs_that_differ_in_the_answer_only(tmp_path):
+    from spatialvlm.synthesis.audit import read_rows
+
+    config = RenderConfig(num_frames=6, width=96, height=96)
+    for twin in (0, 1):
+        write_room(RoomSpec(seed=500, split="train", twin=twin), tmp_path / "rooms", config)
+    plan = make_plan("left_right,dist_abs,vsi_abs_dist,is_exist,locate_cell", per_task=40)
+    synthesize(tmp_path / "rooms", tmp_path / "rows", plan, executor="serial")
+    rows = {row["id"]: row for row in read_rows(tmp_path / "rows")}
+    pairs = [row for row in rows.values() if "counterfactual" in row["tags"]]
+    assert len(pairs) >= 3
+    for row in pairs:
+        partner = rows[row["group_id"]]
+        assert partner["scene_id"] != row["scene_id"]
+        assert partner["room_id"] == row["room_id"]
+        assert partner["messages"][:-1] == row["messages"][:-1]
+        assert partner["answer_text"] != row["answer_text"]
+    assert verify(tmp_path / "rows", tmp_path / "rooms").mismatches == []
+
+
+def test_stacks_of_cubes(tmp_path):
+    import numpy as np
+
+    from spatialvlm.synthesis.tasks.blocks import missing_cubes, num_cubes, seen_from, silhouette
+
+    heights = np.array([[2, 1], [0, 3]])
+    assert num_cubes(heights) == 6
+    assert silhouette(heights, axis=1) == [2, 3]
+    assert missing_cubes(heights) == 6
+    assert seen_from(heights, 90.0) == ([2, 3], 0.0)
+    assert seen_from(heights, -90.0)[0] == [3, 2]
+    assert seen_from(heights, 0.0)[0] == [3, 2]
+    assert seen_from(heights, 170.0) == ([2, 3], pytest.approx(10.0))
+
+    write_room(
+        RoomSpec(seed=1, split="train", preset="blocks"),
+        tmp_path / "rooms",
+        RenderConfig(width=96, height=96),
+    )
+    synthesize(tmp_path / "rooms", tmp_path / "rows", make_plan("da_blocks"), executor="serial")
+    report = verify(tmp_path / "rows", tmp_path / "rooms")
+    assert report.mismatches == []
+    assert report.checked > 0
