@@ -110,8 +110,9 @@ def main() -> int:
         for number, item in enumerate(bench.items):
             pack = generator.prepare([build_messages(item, bench.spec, root=folder)])
             ours = generator.generate([pack], config)[0][0].text
-            if theirs[str(number), ""].text != lmms_adapter.cut(ours, "\n\n"):
-                differing.append((item.id, theirs[str(number), ""].text, ours))
+            text = theirs[str(number), ""].text.strip()  # its filters strip white space
+            if text != lmms_adapter.cut(ours, "\n\n").strip():
+                differing.append((item.id, text, ours))
         print(f"{len(theirs)} answers through lmms-eval, {len(differing)} differ from our own run")
         for line in differing:
             print(*line, sep="\n  ")
