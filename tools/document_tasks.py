@@ -1,6 +1,8 @@
 """Write the page about all tasks: what each asks, and one example with its picture.
 
-    python tools/render_rooms.py --rooms 6 --frames 16 --size 320 --split train --seed 40 --out data/docs/rooms
+    python tools/render_rooms.py --rooms 6 --frames 16 --size 320 --seed 40 --out data/docs/rooms
+    python tools/render_rooms.py --rooms 1 --frames 12 --size 320 --seed 1010 --out data/docs/rooms
+    python tools/render_rooms.py --rooms 3 --preset blocks --size 256 --seed 1 --out data/docs/rooms
     python tools/document_tasks.py --scenes data/docs/rooms --out docs
 
 Writes ``OUT/tasks.md`` and ``OUT/images/tasks/<task>.jpg``. The examples are generated and verified here.
