@@ -59,6 +59,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--media-root", type=Path, help="folder media paths start from (default: of the files)"
     )
+    parser.add_argument(
+        "--root", type=Path, help="folder no medium may leave (default: of files and media)"
+    )
     parser.add_argument("--scenes", type=Path, help="scenes that a referring set refers to")
     parser.add_argument("--media-template", help='media of ScanQA and SQA3D, "scannet/{scene_id}"')
     parser.add_argument("--answers", default="first", choices=["first", "all"])
@@ -82,6 +85,10 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     name = args.name or files[0].stem
     media_root = (args.scenes or args.media_root or files[0].parent).resolve()
     root = Path(os.path.commonpath([*(f.parent for f in files), media_root]))
+    if args.root is not None:
+        root = args.root.resolve()
+        if not all(path.is_relative_to(root) for path in (*files, media_root)):
+            raise DataError(f"--root {root} does not hold the data files and {media_root}.")
     attrs = SourceAttrs(
         name,
         "converted",
@@ -127,8 +134,9 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     }
     kept = (s for uid, s in limited(args, read_items(source, args)) if uid not in refused)
     expected = (s for s in kept if isinstance(s, Sample))
-    common = Path(os.path.commonpath([root, args.out.resolve()]))
-    base = os.path.relpath(root, common)
+    alone = args.to in ("webdataset", "arrow")  # such shards hold their media
+    common = args.out.resolve() if alone else Path(os.path.commonpath([root, args.out.resolve()]))
+    base = "." if alone else os.path.relpath(root, common)
     checked = check_round_trip(
         [shard.resolve() for shard in shards], expected, SourceAttrs(name, "converted", base=base),
         root=common, to=args.to,
@@ -139,7 +147,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
         "format": "canonical" if args.to == "canonical" else "messages",
         "root": str(common),
         "base": base,
-        "files": [f"{os.path.relpath(args.out.resolve(), common)}/{name}-*{SUFFIX[args.to]}"],
+        "files": [os.path.relpath(args.out.resolve() / f"{name}-*{SUFFIX[args.to]}", common)],
     }
     return {
         "written": converter.written,

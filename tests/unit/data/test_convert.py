@@ -57,7 +57,7 @@ def data(tmp_path):
 
 def arguments(path, to, out, **options):
     default = {
-        "format": "auto", "name": None, "media_root": None, "scenes": None, "media_template": None,
+        "format": "auto", "name": None, "media_root": None, "root": None, "scenes": None, "media_template": None,
         "answers": "first", "frames": 32, "shard_rows": 2, "limit": None, "decontaminate": False,
     }  # fmt: skip
     return Namespace(files=[path], to=to, out=out, **(default | options))
@@ -96,6 +96,21 @@ def test_formats_come_back(tool, data, tmp_path, to):
         assert source.media_bytes(samples[3].media[0]) == [MP4]
     else:
         assert (source.root / samples[0].media[0].path).read_bytes() == JPEG + b"\x00"
+
+
+def test_media_outside_the_folder_of_the_rows_need_a_root(tool, tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    path = tmp_path / "rows" / "r.jsonl"
+    path.write_text(json.dumps(talk("<image>?", image="../a.jpg")) + "\n")
+    with pytest.raises(DataError, match="refused_path 1"):
+        tool.convert(arguments(path, "webdataset", tmp_path / "no"))
+    report = tool.convert(arguments(path, "webdataset", tmp_path / "out", root=tmp_path))
+    source, (sample,) = reread(report)
+    assert (source.root, source.files) == (tmp_path / "out", ("r-00000.tar",))
+    assert source.media_bytes(sample.media[0]) == [JPEG]
+    with pytest.raises(DataError, match="does not hold the data files"):
+        tool.convert(arguments(path, "webdataset", tmp_path / "x", root=tmp_path / "out"))
 
 
 def test_embedded_media_are_written_out_for_messages(tool, tmp_path):
