@@ -18,6 +18,7 @@ import json
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from spatialvlm.models.kernels import use_liger
 from spatialvlm.models.lora import adapter_tensors, add_adapters
 from spatialvlm.models.spatial_vlm import SpatialVLM
 from spatialvlm.sequence.layout import TokenLayout
+from spatialvlm.testing import make_vggt
 from spatialvlm.testing.packs import Clip, Member, random_pack
 from spatialvlm.training.loop import to_device
 from spatialvlm.training.memory import checkpoint_blocks, compile_blocks
@@ -156,7 +158,11 @@ def build(
     inserts = setup.geometry not in (None, "in_place")
     vocabulary = int(values["text_config"]["vocab_size"])
     if setup.geometry is not None:
-        section = GeometryConfig(insertion=setup.geometry).model_dump(mode="json")  # type: ignore[arg-type]
+        sizes: dict[str, Any] = {}
+        if args.scale == "tiny":
+            file = make_vggt(Path(tempfile.mkdtemp()) / "tiny.safetensors")
+            sizes = {"source": str(file), "layers": (1,)}
+        section = GeometryConfig(insertion=setup.geometry, **sizes).model_dump(mode="json")  # type: ignore[arg-type]
         encoder = meta_encoder(section).to_empty(device=device)
         with torch.no_grad():
             for parameter in encoder.parameters():

@@ -35,7 +35,7 @@ def stock_inputs(bench, batch):
     if bench.family != "internvl3":
         kind = batch["token_kind"].int()
         inputs["mm_token_type_ids"] = kind
-    if "frames_u8" not in batch:
+    if not batch["frames_u8"].numel():
         return inputs
     shapes = [tuple(shape) for shape in batch["frame_shapes"].tolist()]
     grid = batch["media_grid_thw"]
