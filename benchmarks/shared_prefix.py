@@ -2,11 +2,14 @@
 
     python benchmarks/shared_prefix.py --json benchmarks/results/shared_prefix.json
     python benchmarks/shared_prefix.py --k 8 --prefix 1000 --family qwen3vl
+    python benchmarks/shared_prefix.py --mix --json benchmarks/results/shared_prefix_mix.json
     python benchmarks/shared_prefix.py --device cuda --attention tree_flex --dtype bfloat16 --prefix 250 1000 4000
 
 K questions of about --branch tokens ask about the same video of P visual tokens. Measured is forward plus backward of all
 parameters, vision encoder included: once as one pack with a shared prefix, once as K packs. "limit" is the ratio of
-predicted FLOPs, "of limit" how much of it arrived. CPU seconds (``process_time``) on a CPU, wall seconds on a GPU;
+predicted FLOPs, "of limit" how much of it arrived. ``--mix`` trains on files instead: clips with 8 questions each, 1:1 with general rows (half text-only of 60-500 words, half with
+one image), from reading to gradients, once with shared prefixes and once with ``compute: separate`` on the same samples.
+CPU seconds (``process_time``) on a CPU, wall seconds on a GPU;
 A and B alternate. Gradients of both are compared.
 """
 
@@ -61,9 +64,18 @@ def main() -> None:
     parser.add_argument("--attention", default="tree_sdpa")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--mix", action="store_true", help="a whole 1:1 mix from files on disk instead"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1 if args.device == "cpu" else torch.get_num_threads())
     kit = make_kit(args)
+    if args.mix:
+        result = mix(kit)
+        print(json.dumps(result, indent=2))
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=2) + "\n")
+        return
     results = []
     print(f"{'K':>3} {'P':>5} {'separate s':>11} {'shared s':>9} {'speed-up':>8} {'limit':>6} {'of limit':>8} "
           f"{'vision':>7} {'language':>8} {'gradient':>9}")  # fmt: skip
@@ -235,6 +247,105 @@ def flops(kit: Kit, batches: list[Batch]) -> float:
 
     cost = cost_coefficients(kit.model)
     return sum(pack_size(batch).flops(cost) for batch in batches)
+
+
+def mix(kit: Kit) -> dict[str, Any]:
+    """Samples per CPU second of the whole path, data included."""
+    from types import SimpleNamespace
+
+    from PIL import Image
+
+    from spatialvlm.config.data import (
+        DataConfig,
+        LoaderConfig,
+        PackingConfig,
+        SharedPrefixConfig,
+        StepConfig,
+    )
+    from spatialvlm.data.build import build_data
+    from spatialvlm.data.sample import World
+
+    root = Path(tempfile.mkdtemp())
+    rng = np.random.default_rng(0)
+
+    def picture(path: Path) -> None:
+        small = rng.integers(0, 255, (15, 20, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((320, 240), Image.Resampling.BICUBIC).save(path, quality=85)
+
+    def row(question: str, answer: str, **media: Any) -> str:
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return json.dumps({"messages": turns, **media}) + "\n"
+
+    spatial, general = [], []
+    for clip in range(16):
+        folder = root / f"clip{clip}"
+        folder.mkdir()
+        for frame in range(16):
+            picture(folder / f"{frame:02d}.jpg")
+        for question in range(8):
+            text = f"<video>Where is object {question} when you stand beside the door of room {clip}, left or right?"
+            spatial.append(row(text, "left of it", videos=[folder.name]))
+    for number in range(128):
+        words = "the chair stands near a table in the room and " * 60
+        if number % 2:
+            picture(root / f"g{number}.jpg")
+            general.append(
+                row(
+                    "<image>Describe the picture.",
+                    words[: int(rng.integers(80, 300))],
+                    images=[f"g{number}.jpg"],
+                )
+            )
+        else:
+            general.append(
+                row(words[: int(rng.integers(150, 1200))], words[: int(rng.integers(150, 1200))])
+            )
+    (root / "spatial.jsonl").write_text("".join(spatial))
+    (root / "general.jsonl").write_text("".join(general))
+
+    out: dict[str, Any] = {}
+    for families in ({"spatial": 1.0, "general": 1.0}, {"spatial": 1.0}):
+        seconds, samples, tokens = {}, 0, {}
+        for compute in ("separate", "shared"):
+            config = SimpleNamespace(
+                data=DataConfig(
+                    sources=[
+                        {
+                            "name": name,
+                            "family": name,
+                            "files": [f"{name}.jsonl"],
+                            "root": str(root),
+                        }
+                        for name in families
+                    ],
+                    families=families,
+                    index_dir=str(root / "index"),
+                    media={"num_frames": 16, "max_pixels": 12 * kit.policy.factor**2},
+                ),
+                step=StepConfig(global_batch_size=32),
+                packing=PackingConfig(max_tokens=2048),
+                shared_prefix=SharedPrefixConfig(compute=compute),
+                loader=LoaderConfig(num_workers=0),
+                geometry=None,
+                run=SimpleNamespace(dir=str(root)),
+            )
+            folder = kit.model.source
+            loader = build_data(config, folder, kit.layout, cost_coefficients(kit.model), World())
+            steps = iter(loader)
+            step(kit, next(steps).batches)  # warm-up
+            start, samples, tokens[compute] = time.process_time(), 0, 0
+            for found in steps:
+                step(kit, found.batches)
+                samples += sum(len(batch["uids"]) for batch in found.batches)
+                tokens[compute] += sum(int(batch["input_ids"].numel()) for batch in found.batches)
+            seconds[compute] = time.process_time() - start
+        out["+".join(families)] = {
+            "samples": samples,
+            "tokens": tokens,
+            "samples_per_s": {key: samples / value for key, value in seconds.items()},
+            "speedup": seconds["separate"] / seconds["shared"],
+        }
+    return out
 
 
 if __name__ == "__main__":
