@@ -200,6 +200,13 @@ class JsonArray(Container):
                         reason="bad_json",
                     )
                 buffer, base, position, begin = buffer[begin:], base + begin, position - begin, 0
+            rest = (buffer + file.read(_BLOCK)).strip()
+            if rest:
+                raise DataError(
+                    f"{self.path} goes on after its array, near line {self._line(base)}: {rest[:40]!r}. "
+                    "Join the arrays or split the file.",
+                    reason="bad_json",
+                )
 
     def _parse(self, data: bytes, offset: int) -> Any:
         return parse_json(data, self.path, partial(self._line, offset))

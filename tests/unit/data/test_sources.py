@@ -93,6 +93,16 @@ def test_a_cut_array_is_an_error_not_a_short_set(tmp_path):
         list(JsonArray(path).scan())
 
 
+def test_text_after_an_array_is_an_error_not_a_silent_end(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"a": 1},\n{"a": 2}]\n[{"a": 3}]')
+    with pytest.raises(DataError, match=r"goes on after its array, near line 2.*\[\{"):
+        list(JsonArray(path).scan())
+    path.write_text("")
+    with pytest.raises(DataError, match="ends inside the row at line 1"):
+        list(JsonArray(path).scan())
+
+
 def embedded():
     return pa.table(
         {
