@@ -38,7 +38,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--scenes", type=Path, help="folder of scenes")
     parser.add_argument("--out", type=Path, required=True, help="folder of the rows")
-    parser.add_argument("--tasks", default="all", help="task ids, 'all', or a YAML file")
+    parser.add_argument(
+        "--tasks", "--config", default="all", help="task ids, 'all', or a YAML file"
+    )
     parser.add_argument("--per-task", type=int, help="rows per scene and task")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--executor", choices=("serial", "process", "ray"), default="process")
