@@ -1,0 +1,171 @@
+"""What a user can get wrong around a run, and the answer: what, where, which value, how to fix it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from spatialvlm.config import TrainConfig, load_config
+from spatialvlm.errors import CheckpointError, ConfigError, LaunchError
+from spatialvlm.training.distributed import Processes, same_everywhere
+from spatialvlm.training.entry import exit_code, parse_arguments
+from spatialvlm.training.run import changed_keys, check_base
+from spatialvlm.training.state import RunFolder
+
+
+def test_wrong_recipes_are_answered_at_once_and_without_torch(recipe, tmp_path, environment):
+    path = tmp_path / "bad.yaml"
+    text = recipe(1, "qwen3vl").read_text()
+    path.write_text(
+        text.replace("weight_decay: 0.01", "weight_dekay: 0.01").replace(
+            "precision: fp32", "precision: fp64"
+        )
+    )
+    code = (
+        "import sys; sys.argv = ['stage1.py', *sys.argv[1:]]\n"
+        "import runpy\n"
+        "try: runpy.run_path('recipes/stage1.py', run_name='__main__')\n"
+        "except SystemExit as stop: print('exit', stop.code, 'torch' in sys.modules)\n"
+    )
+    root = str(environment["PYTHONPATH"])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env=environment,
+        check=False,
+    )
+    assert done.stdout.strip() == "exit 2 False"
+    assert "did you mean 'weight_decay'?" in done.stderr
+    assert "precision" in done.stderr
+    assert "2 problems" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stage=2", "geometry={}"], "run it with recipes/stage2.py"),
+        (["optim.geometry_lr=1.0e-3"], "there is no geometry branch"),
+        (["optim={lr: null}"], "nothing would train"),
+        (["lora={parts: [embeddings]}"], "adapters on 'embeddings' are not supported"),
+        (["lora={parts: [vision_encoder]}", "optim.vision_lr=null"], "has no learning rate"),
+        (["schedule={warmup_steps: 5, warmup_ratio: 0.1}"], "not both"),
+        (["checkpoint.keep_last=1"], "at least 2"),
+        (["run.dir=${oc.env:HOME}"], "interpolation is not allowed"),
+        (
+            ["log.wandb={project: hf_abcdefghijklmnopqrstuvwxyz}", "run.seed=hf_secrettoken"],
+            "looks like a token",
+        ),
+    ],
+)
+def test_contradictions_exit_2(run, recipe, overrides, message, capsys):
+    assert run(1, recipe(1, "qwen3vl"), *overrides) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "message"),
+    [
+        (["model.init_from=nowhere/at/all"], 1, "does not exist"),
+        (["model.backbone=tiny_internvl3"], 2, "is a 'qwen3_vl' model"),
+        (["model.backbone=gpt5"], 2, "is not one of: internvl3_14b"),
+        (["precision=bf16"], 2, "set precision=fp32"),
+        (
+            ["schedule={warmup_steps: 30, warmup_ratio: null}", "data.length.steps=20"],
+            2,
+            "would never be used",
+        ),
+        (["lora={parts: [language_model, projector]}"], 2, "give them one rate"),
+        (["data.sources.0.files=[none.jsonl]"], 2, "none.jsonl"),
+        (["run.resume=runs/none/step-00000001"], 1, "not a checkpoint directory"),
+        (["data.decontamination.lists=[mine]"], 2, "are neither files nor one of"),
+        (["parallel.world_size=4"], 1, "parallel.world_size=4"),
+    ],
+)
+def test_wrong_surroundings(run, recipe, tmp_path, monkeypatch, overrides, code, message, capsys):
+    monkeypatch.delenv("SPATIALVLM_TEST", raising=False)
+    assert run(1, recipe(1, "qwen3vl"), f"run.dir={tmp_path / 'run'}", *overrides) == code
+    assert message in capsys.readouterr().err
+    record = tmp_path / "run" / "run.json"
+    if record.is_file():
+        assert json.loads(record.read_text())["state"] == "failed"
+
+
+def test_pickled_weights_are_refused(recipe, tmp_path, tiny_checkpoint):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text((tiny_checkpoint("qwen3vl") / "config.json").read_text())
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    config = load_config(recipe(1, "qwen3vl"), [f"model.init_from={folder}"], TrainConfig)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*Pickled weights can run code"):
+        check_base(config)
+
+
+def test_a_run_folder_inside_the_data_or_the_package_is_refused(run, recipe, rows, capsys):
+    assert run(1, recipe(1, "qwen3vl"), f"run.dir={rows / 'run'}") == 2
+    assert "choose a directory of its own" in capsys.readouterr().err
+    assert not (rows / "run").exists()
+
+
+def test_a_folder_in_use_is_refused_and_a_dead_owner_replaced(tmp_path):
+    first = RunFolder(tmp_path, private=False)
+    first.open()
+    lock = tmp_path / "lock"
+    lock.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getppid()}))
+    with pytest.raises(LaunchError, match=f"in use by process {os.getppid()}"):
+        RunFolder(tmp_path, private=False).open()
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    with pytest.raises(LaunchError, match="on elsewhere"):
+        RunFolder(tmp_path, private=False).open()
+    os.utime(lock, (0, 0))  # no heartbeat for a long time
+    RunFolder(tmp_path, private=False).open()
+    lock.write_text(json.dumps({"host": socket.gethostname(), "pid": 2**22 - 7}))
+    RunFolder(tmp_path, private=False).open()
+    assert json.loads(lock.read_text())["pid"] == os.getpid()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LaunchError, match="cannot be written"):
+        RunFolder(tmp_path / "file" / "run", private=False).open()
+
+
+def test_private_runs_are_readable_by_their_owner_only(tmp_path):
+    RunFolder(tmp_path / "run", private=True).open()
+    assert (tmp_path / "run").stat().st_mode & 0o077 == 0
+
+
+def test_what_may_change_on_resume():
+    old = {
+        "optim": {"lr": 1.0, "betas": [0.9]},
+        "log": {"every": 1},
+        "run": {"dir": "a", "seed": 1},
+    }
+    new = {
+        "optim": {"lr": 2.0, "betas": [0.9]},
+        "log": {"every": 5},
+        "run": {"dir": "b", "seed": 2},
+    }
+    assert changed_keys(old, new, ()) == [("optim.lr", 1.0, 2.0), ("run.seed", 1, 2)]
+    assert changed_keys(old, new, ("optim",)) == [("run.seed", 1, 2)]
+    assert changed_keys(old, new, ("optim.lr", "run.seed")) == []
+
+
+def test_ranks_that_differ_are_listed():
+    class Two(Processes):
+        def gather(self, value):
+            return [value, {**value, "torch": "2.9"}]
+
+    with pytest.raises(LaunchError, match=r"torch: rank 0=2\.15, rank 1=2\.9"):
+        same_everywhere(Two(0, 2, None), {"torch": "2.15", "config": "a"})
+
+
+def test_command_line_and_exit_codes():
+    found = parse_arguments(None, ["a.yaml", "x=1", "y=2", "--dry-run"])
+    assert (found.overrides, found.dry_run) == (("x=1", "y=2"), True)
+    with pytest.raises(SystemExit):
+        parse_arguments(
+            None, ["a.yaml", "--dry"]
+        )  # no abbreviations: launchers have flags of their own
+    assert [exit_code(e("")) for e in (ConfigError, LaunchError, CheckpointError)] == [2, 1, 1]
