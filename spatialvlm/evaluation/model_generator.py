@@ -5,6 +5,7 @@ rows; the model itself comes in as a function, so that this package never import
 """
 
 import hashlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
@@ -66,13 +67,23 @@ class PackGenerator:
         self.frames, self.frame_policy = frames, frame_policy
         self.geometry, self.draw_marks = geometry, draw_marks
         self._cells: dict[str, bytes] = {}
-        # Paths were checked against the media root when the messages were built.
-        self.store = MediaStore(
-            ".",
-            read_bytes=lambda ref: [self._cells[ref.path]],
-            allow_absolute=True,
-            allow_outside_root=True,
-        )
+        self._local = threading.local()
+
+    @property
+    def store(self) -> MediaStore:
+        """Media access of this thread; decoded frames are cached per thread.
+
+        Paths were checked against the media root when the messages were built.
+        """
+        if not hasattr(self._local, "store"):
+            self._local.store = MediaStore(
+                ".",
+                read_bytes=lambda ref: [self._cells[ref.path]],
+                allow_absolute=True,
+                allow_outside_root=True,
+            )
+        found: MediaStore = self._local.store
+        return found
 
     def prepare(self, group: Sequence[Messages]) -> "Batch":
         """One pack: a media prefix and its prompts."""

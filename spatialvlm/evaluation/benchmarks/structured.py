@@ -1,7 +1,7 @@
 """Benchmarks of structured answers (our own schema) and InternSpatial-Bench.
 
-SSR (arXiv 2510.08531 and its follow-ups) reports LocalCogMap cell errors and box errors as histograms; the
-summaries here hold the same quantities. Each file row is ``{id, scene, <gold>, ...}``.
+SSR (arXiv 2603.00409, Figure 8) reports LocalCogMap cell errors and box errors as histograms; the summaries here
+hold the same quantities. Each file row is ``{id, scene, <gold>, ...}``.
 """
 
 import math

@@ -218,7 +218,7 @@ def test_samples_are_seeded_and_failures_first(runs):
 def test_baselines_name_their_source():
     rows = read_baselines()
     assert all(row.source and row.model for row in rows)
-    notes = {(row.model, row.benchmark, row.source.split(",")[0]): row.note for row in rows}
+    notes = {(row.model, row.benchmark, row.source.split()[0]): row.note for row in rows}
     assert "61.6" in notes["SSR-3D", "viewspatial", "SSR"]
     assert "16 frames" in notes["OpenSpatial-Qwen2.5-VL-7B", "vsi_bench", "OpenSpatial"]
     assert "does not follow" in notes["Qwen3-VL-8B", "vsi_bench", "SSR"]
