@@ -191,10 +191,7 @@ class Source:
         if kind == ".parquet":
             if self.access == "row_group":
                 return ArrowRows(path)
-            stat = path.stat()
-            key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-            digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
-            converted = self.cache_dir / "arrow" / f"{path.stem}-{digest}.arrow"
+            converted = self._cached(path, "arrow")
             if not converted.is_file():
                 with locked(converted.with_suffix(".lock")):
                     if not converted.is_file():
@@ -203,11 +200,18 @@ class Source:
         if kind == ".arrow":
             return ArrowRows(path)
         if kind == ".tar":
-            return TarRows(path)
+            return TarRows(path, self._cached(path, "npz"))
         raise ConfigError(
             f"source {self.name}: {name} is of no known kind; "
             "known: .jsonl, .json, .csv, .parquet, .arrow, .tar, and saved Hugging Face datasets."
         )
+
+    def _cached(self, path: Path, suffix: str) -> Path:
+        """Where what was derived from a file is kept, as long as the file does not change."""
+        stat = path.stat()
+        key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+        return self.cache_dir / "files" / f"{path.stem}-{digest}.{suffix}"
 
     def _open_json(self, path: Path) -> Container:
         head = _head(path)

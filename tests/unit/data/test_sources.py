@@ -218,7 +218,7 @@ def write_tar(path, members, mode="w"):
             tar.addfile(info, io.BytesIO(data))
 
 
-def test_tar_shards(tmp_path):
+def test_tar_shards(tmp_path, monkeypatch):
     path = tmp_path / "s.tar"
     question = [{"from": "human", "value": "<image><image>?"}, {"from": "gpt", "value": "x"}]
     clip = [{"from": "human", "value": "<video>?"}, {"from": "gpt", "value": "x"}]
@@ -235,8 +235,13 @@ def test_tar_shards(tmp_path):
             ("../3.json", b"{}"),
         ],
     )
-    source = Source(SourceAttrs("t", "general"), files=["s.tar"], root=tmp_path)
+    source = Source(SourceAttrs("t", "general"), files=["s.tar"], root=tmp_path, cache_dir=tmp_path)
     found = [samples for _, samples in source.scan(0)]
+    monkeypatch.setattr(
+        "spatialvlm.data.containers._tar_members", None
+    )  # the second time from the cache
+    again = Source(SourceAttrs("t", "general"), files=["s.tar"], root=tmp_path, cache_dir=tmp_path)
+    assert [s for _, s in again.scan(0)][:2] == found[:2]
     images = found[0][0].media
     assert [ref.member for ref in images] == ["d/0.9.jpg", "d/0.10.jpg"]
     assert [source.media_bytes(ref) for ref in images] == [[b"nine"], [b"ten"]]
@@ -276,7 +281,7 @@ def test_parquet_is_converted_once(tmp_path):
     pq.write_table(embedded(), tmp_path / "c.parquet", row_group_size=7)
     mine = source(tmp_path, "c.parquet", cache_dir=tmp_path / "cache", format="sharegpt")
     assert len(list(mine.scan(0))) == 20
-    (converted,) = (tmp_path / "cache" / "arrow").glob("*.arrow")
+    (converted,) = (tmp_path / "cache" / "files").glob("*.arrow")
     before = converted.stat().st_mtime_ns
     again = source(tmp_path, "c.parquet", cache_dir=tmp_path / "cache", format="sharegpt")
     assert [s for _, s in again.scan(0)][1] == [s for _, s in mine.scan(0)][1]
