@@ -120,7 +120,8 @@ def start_processes(*, timeout_s: float, expected: int | None = None) -> Process
     if wanted > 1:
         options = {
             "backend": "nccl" if cuda else "gloo",
-            "timeout": dt.timedelta(seconds=timeout_s),
+            # The watchdog speaks first: it can name the rank that is late.
+            "timeout": dt.timedelta(seconds=timeout_s + 30),
         }
     deepspeed = launched_with_deepspeed()
     if deepspeed and not cuda:

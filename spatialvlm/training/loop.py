@@ -11,6 +11,7 @@ import torch
 from spatialvlm.errors import DataError, NonFiniteError, OutOfMemoryError, SpatialVLMError
 from spatialvlm.training.distributed import Processes, StepHeader, exchange
 from spatialvlm.training.engines import Engine
+from spatialvlm.training.faults import fault_point
 from spatialvlm.training.guard import Guard
 from spatialvlm.training.optim import Schedule, set_lrs
 from spatialvlm.training.recorder import Recorder
@@ -70,9 +71,11 @@ def train(
     first_step = state.step
     while state.step < run.total_steps:
         watch.at(state.step, "data")
+        fault_point("loop.data", step=state.step, rank=run.processes.rank)
         step = steps.fetch()
         if run.stop_after_steps is not None and state.step - first_step >= run.stop_after_steps:
             stop.request("run.stop_after_steps")
+        watch.at(state.step, "exchange")
         head = exchange(run.processes, _header(step, stop, save))
         _raise_together(run.processes, head, step)
         if head.stop:

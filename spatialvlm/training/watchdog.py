@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-PHASES = ("data", "forward", "backward", "optimizer", "log", "save", "eval")
+PHASES = ("data", "exchange", "forward", "backward", "optimizer", "log", "save", "eval")
 EXIT_HANG = 5
 
 

@@ -1,0 +1,88 @@
+"""A hung rank, a signal to one rank, and a rank that dies, on two forked processes; writes ``ranks.json``.
+
+python tests/fault/rank_worker.py OUT
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main() -> int:
+    """Run all cases."""
+    out = Path(sys.argv[1])
+    sys.path.insert(0, str(ROOT))
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    import deepspeed  # noqa: F401
+    import transformers.models.qwen3_vl.modeling_qwen3_vl  # noqa: F401
+
+    import spatialvlm.training.finish  # noqa: F401
+
+    spec = importlib.util.spec_from_file_location(
+        "kill_harness", ROOT / "benchmarks" / "kill_harness.py"
+    )
+    harness = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(harness)
+    config = harness.write_inputs(out)
+    bench = harness.Bench(out / "runs", config, "zero2", 2)
+    found: dict[str, object] = {"straight": bench.run(bench.straight)[0]}
+
+    text = config.read_text().replace(
+        "stage: 1", "stage: 1\nparallel: {timeout_s: 6.0, first_step_timeout_s: 60.0}"
+    )
+    impatient = out / "impatient.yaml"
+    impatient.write_text(text)
+    hung = harness.Bench(out / "runs", impatient, "zero2", 2)
+    codes, seconds = hung.run(out / "runs" / "hung", fault="loop.data@3:1:stop")
+    dump = out / "runs" / "hung" / "hang-rank0.txt"
+    found["hung"] = [codes, seconds, dump.read_text() if dump.is_file() else ""]
+
+    from spatialvlm.testing.ranks import fork_ranks, launcher_environment
+
+    for name, number, rank in (("term", signal.SIGTERM, 1), ("usr1", signal.SIGUSR1, 0)):
+        run_dir = out / "runs" / name
+        sent = [0.0]
+
+        def during(pids, run_dir=run_dir, number=number, rank=rank, sent=sent):
+            log = run_dir / "metrics.jsonl"
+            if not sent[0] and log.is_file() and len(log.read_text().splitlines()) >= 2:
+                os.kill(pids[rank], number)
+                sent[0] = time.monotonic()
+
+        env = launcher_environment("zero2", 2, ROOT / "configs" / "deepspeed")
+        # Slow steps down, so that the signal arrives before the end.
+        argv = [
+            str(config),
+            f"run.dir={run_dir}",
+            "data.length.steps=200",
+            "schedule={kind: constant, warmup_ratio: 0.0}",
+        ]
+        codes = fork_ranks(
+            lambda argv=argv: harness.recipe(argv),
+            env,
+            size=2,
+            log=out / "signals.log",
+            timeout_s=120,
+            during=during,
+        )
+        record = json.loads((run_dir / "run.json").read_text())
+        folders = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+        found[name] = [codes, record["state"], record["step"], record["reason"], folders]
+    (out / "ranks.json").write_text(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Two processes: a hung rank is named and ends the run in time; a signal to any rank saves on all."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("rank_worker.py")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    done = subprocess.run(
+        [sys.executable, str(WORKER), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "ranks.json").read_text())
+
+
+@pytest.mark.fault
+def test_a_stopped_rank_ends_the_run_and_is_named(found):
+    codes, _, dump = found["hung"]
+    assert codes == [5, -9]
+    assert "HangError: no progress for 6 s. Rank 1" in dump
+    assert "1 ranks wait in 'exchange' of step 3" in dump
+    assert "loop.py" in dump  # the stacks
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("name", "reason"), [("term", "asked to stop on another rank"), ("usr1", "SIGUSR1")]
+)
+def test_a_signal_to_one_rank_saves_on_all(found, name, reason):
+    codes, state, step, why, folders = found[name]
+    assert codes == [0, 0]
+    assert (state, why) == ("preempted", reason)
+    assert 2 <= step < 200
+    assert folders[-1] == f"step-{step:08d}"
