@@ -104,16 +104,24 @@ class GroundingDinoDetector:
             text_threshold=TEXT_THRESHOLD,
             target_sizes=[image.shape[:2]],
         )[0]
-        names = found.get("text_labels", found["labels"])
+        names = found["text_labels"] if "text_labels" in found else found["labels"]
         height, width = image.shape[:2]
         detections = []
         for box, score, name in zip(
             found["boxes"].tolist(), found["scores"].tolist(), names, strict=True
         ):
             x0, y0, x1, y1 = np.clip(box, 0, [width, height, width, height]).tolist()
-            if name in labels and x1 > x0 and y1 > y0:
-                detections.append(Detection(str(name), (x0, y0, x1, y1), float(score)))
+            label = match_label(str(name), labels)
+            if label is not None and x1 > x0 and y1 > y0:
+                detections.append(Detection(label, (x0, y0, x1, y1), float(score)))
         return detections
+
+
+def match_label(phrase: str, labels: Sequence[str]) -> str | None:
+    """The asked label that a decoded phrase stands for: the shortest one that has all its words."""
+    words = set(phrase.replace(".", " ").split())
+    fitting = [label for label in labels if words and words <= set(label.split())]
+    return min(fitting, key=lambda label: (len(label), label), default=None)
 
 
 class Sam2Segmenter:
