@@ -143,6 +143,7 @@ class Asker:
             asks,
             generator,
             folder,
+            protocol=section.protocol,
             place=Place(processes.rank, processes.size),
             max_new_tokens=section.max_new_tokens,
             batch_size=8 if section.batch_size == "auto" else section.batch_size,

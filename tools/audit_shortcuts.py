@@ -32,7 +32,7 @@ from typing import Any
 
 from spatialvlm.errors import ConfigError, SpatialVLMError
 from spatialvlm.evaluation import charts
-from spatialvlm.evaluation.benchmarks.circular import circular_variants
+from spatialvlm.evaluation.benchmarks.circular import circular_variants, mmsi_variants
 from spatialvlm.evaluation.metrics import estimate
 from spatialvlm.evaluation.predictions import read_predictions
 from spatialvlm.evaluation.registry import load_benchmark
@@ -215,6 +215,19 @@ def blind(bench: Benchmark, args: argparse.Namespace) -> None:
 
 def circular(bench: Benchmark, args: argparse.Namespace) -> None:
     """Write rotated variants, or score answers to them."""
+    if args.pred is None and args.style == "mmsi":
+        rows = [
+            row for item in bench.items for row in mmsi_variants({"index": item.id, **item.row})
+        ]
+        text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        (args.out / "variants.jsonl").write_text(text, encoding="utf-8")
+        finish(
+            args.out,
+            f"Variants of {bench.spec.title}",
+            {"variants": len(rows)},
+            f"<p>{len(rows)} variants</p>",
+        )
+        return
     if args.pred is None:
         found = circular_variants(bench.items)
         groups: dict[str, int] = {}
@@ -385,6 +398,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vision", type=Path, help="result folder with media")
     parser.add_argument("--blind", type=Path, help="result folder without media")
     parser.add_argument("--pred", type=Path, help="answers to circular variants")
+    parser.add_argument(
+        "--style", default="plain", choices=["plain", "mmsi"], help="form of circular variants"
+    )
     parser.add_argument("--budget", type=int, help="items to prune; default a tenth")
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--threshold", type=float, default=0.0)

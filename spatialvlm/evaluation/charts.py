@@ -222,10 +222,16 @@ def scatter_chart(
     values = [value for pair in logs for value in pair]
     bounds = (min(values) - 0.05, max(values) + 0.05)
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">']
-    for value in ticks(*bounds, 4):
-        x = _scale(value, bounds, LEFT, WIDTH - RIGHT)
-        y = _scale(value, bounds, HEIGHT - BOTTOM, TOP)
-        label = short(round(10**value, 4))
+    decades = range(math.floor(bounds[0]), math.ceil(bounds[1]) + 1)
+    marks = [
+        m * 10.0**decade for decade in decades for m in ((1, 2, 5) if len(decades) < 4 else (1,))
+    ]
+    for mark in marks:
+        if not bounds[0] <= math.log10(mark) <= bounds[1]:
+            continue
+        x = _scale(math.log10(mark), bounds, LEFT, WIDTH - RIGHT)
+        y = _scale(math.log10(mark), bounds, HEIGHT - BOTTOM, TOP)
+        label = short(mark)
         parts.append(
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" class="grid"/>'
             f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>'

@@ -258,7 +258,7 @@ class Progress:
         self.quiet = quiet
         self.start = self.last = time.monotonic()
         self.first = self._count()
-        self.tokens = self.empty = 0
+        self.tokens = self.unparsed = 0
         on_terminal = stream.isatty() and not quiet
         self.bar = (
             tqdm(total=total, initial=self.first, desc=name, file=stream) if on_terminal else None
@@ -267,10 +267,10 @@ class Progress:
     def _count(self) -> int:
         return sum(p.read_bytes().count(b"\n") for p in self.folder.glob("predictions.rank*.jsonl"))
 
-    def update(self, completions: Sequence[Completion]) -> None:
+    def update(self, completions: Sequence[Completion], unparsed: int) -> None:
         """Count the completions of this process; the items of all processes are read from their files."""
         self.tokens += sum(c.num_new_tokens for c in completions)
-        self.empty += sum(not c.text.strip() for c in completions)
+        self.unparsed += unparsed
         now = time.monotonic()
         if self.quiet or (self.bar is None and now - self.last < 30):
             return
@@ -279,12 +279,12 @@ class Progress:
         rate = (done - self.first) / seconds
         if self.bar is not None:
             self.bar.n = min(done, self.total)
-            self.bar.set_postfix_str(f"{self.tokens / seconds:.0f} tok/s, {self.empty} empty")
+            self.bar.set_postfix_str(f"{self.tokens / seconds:.0f} tok/s, {self.unparsed} unparsed")
             return
         eta = (self.total - done) / rate if rate > 0 else float("inf")
         print(
             f"{self.name}: {done}/{self.total} items, {rate:.1f}/s, {self.tokens / seconds:.0f} tokens/s, "
-            f"ETA {eta:.0f} s, {self.empty} empty",
+            f"ETA {eta:.0f} s, {self.unparsed} unparsed",
             file=self.stream,
         )
 
@@ -301,6 +301,7 @@ def answer(
     generator: Generator,
     folder: Path,
     *,
+    protocol: str = "official",
     place: Place = Place(),
     max_new_tokens: int | None = None,
     batch_size: int = 8,
@@ -318,6 +319,7 @@ def answer(
         asks: All prompts; every process passes the same list.
         generator: The model.
         folder: Receives ``predictions.rank<r>.jsonl``; answers found there are not asked again.
+        protocol: Whose rules decide what counts as unparsed in the progress line.
         place: This process.
         max_new_tokens: ``None`` = the benchmark's.
         batch_size: Prompts generated together.
@@ -337,6 +339,7 @@ def answer(
     """
     done = finished(folder)
     config = GenConfig(max_new_tokens or benchmark.spec.max_new_tokens)
+    judge = benchmark.spec.judge(protocol)
     mine = group_asks(asks)[place.rank :: place.world]
     groups = [
         left for group in mine if (left := [a for a in group if done.get(a.item.key) != a.sha])
@@ -385,7 +388,11 @@ def answer(
                 ],
             )
             answered += len(flat)
-            progress.update(flat)
+            asked = [ask.item for group, _ in ready for ask in group]
+            unreadable = sum(
+                judge(item, c.text).unparsed for item, c in zip(asked, flat, strict=True)
+            )
+            progress.update(flat, unreadable)
     progress.close()
     return answered
 

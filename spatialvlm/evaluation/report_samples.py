@@ -63,6 +63,8 @@ def _gold_text(gold: str) -> str:
     if gold.startswith("{"):
         value = json.loads(gold)
         return json.dumps(value.get("cell") or value.get("box") or value)
+    if gold.replace(".", "", 1).lstrip("-").isdigit():
+        return f"{float(gold):g}"
     return {"true": "yes", "false": "no"}.get(gold, gold)
 
 

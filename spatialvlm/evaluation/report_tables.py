@@ -134,18 +134,24 @@ def text_table(benchmarks: dict[str, list[BenchRun]]) -> str:
     return "\n".join(out)
 
 
+def _p(p: float | None) -> str:
+    if p is None:
+        return "–"
+    return "&lt; 1e-6" if p < 1e-6 else f"{p:.2g}"
+
+
 def difference_table(runs: Sequence[BenchRun]) -> str:
     """Paired differences between all pairs of runs on common items."""
     lines = []
     for i, a in enumerate(runs):
         for b in runs[i + 1 :]:
-            pair = paired_macro(a, b)
+            pair = paired_macro(b, a)
             if pair is None:
                 continue
             ci = f"[{number(pair.ci95[0])}, {number(pair.ci95[1])}]" if pair.ci95 else "–"
             lines.append(
-                f"<tr><td>{esc(a.label)} − {esc(b.label)}</td><td>{pair.difference:+.1f}</td><td>{ci}</td>"
-                f"<td>{'–' if pair.p is None else f'{pair.p:.2g}'}</td><td>{pair.n}</td></tr>"
+                f"<tr><td>{esc(b.label)} − {esc(a.label)}</td><td>{pair.difference:+.1f}</td><td>{ci}</td>"
+                f"<td>{_p(pair.p)}</td><td>{pair.n}</td></tr>"
             )
     if not lines:
         return ""

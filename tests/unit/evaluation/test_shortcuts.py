@@ -231,3 +231,18 @@ def test_circular_variants_show_position_bias(tool, tmp_path, capsys):
     assert result["soft_rows"] == 25
     assert result["letter_share"] == {"A": 100.0}
     assert result["consistency"] == 0
+
+
+def test_variants_in_the_form_of_mmsi(tool, tmp_path):
+    rows = [
+        {"id": 3, "question": "Q? Options: A: x, B: y", "answer": "B", "question_type": "Attribute"}
+    ]
+    data = tmp_path / "mmsi.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--bench", "mmsi", "--data", str(data), "--mode", "circular", "--style", "mmsi"]
+    assert tool([*arguments, "--out", str(tmp_path / "m")]) == 0
+    made = [
+        json.loads(line) for line in (tmp_path / "m" / "variants.jsonl").read_text().splitlines()
+    ]
+    assert [row["index"] for row in made] == [3, 1000003, 2000003, 3000003]
+    assert [row["answer"] for row in made] == ["B", "A", "D", "C"]
