@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatialvlm.data.containers import ArrowRows
+from spatialvlm.data.arrow_rows import ArrowRows
 from spatialvlm.data.sample import Sample
 from spatialvlm.data.sources import Source
 from spatialvlm.errors import DataError

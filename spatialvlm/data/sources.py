@@ -12,22 +12,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from spatialvlm.data.containers import (
-    ArrowRows,
-    Container,
-    JoinedRows,
-    JsonArray,
-    JsonLines,
-    RawRow,
-    TarRows,
-    parquet_to_arrow,
-)
+from spatialvlm.data.arrow_rows import ArrowRows, parquet_to_arrow
+from spatialvlm.data.containers import Container, JoinedRows, JsonArray, JsonLines, RawRow
 from spatialvlm.data.formats import FORMATS, Format, Place, SourceAttrs, detect, read_row
 from spatialvlm.data.formats.base import media_path
 from spatialvlm.data.formats.scene_qa import referring_error
 from spatialvlm.data.hub import fetch, is_hub_root
 from spatialvlm.data.media.paths import resolve
 from spatialvlm.data.sample import MediaRef, Sample
+from spatialvlm.data.tar_rows import TarRows
 from spatialvlm.errors import ConfigError, DataError, MediaError
 
 _DETECT_ROWS = 100

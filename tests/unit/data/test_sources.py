@@ -10,10 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spatialvlm.data.containers import ArrowRows, JsonArray, JsonLines, TarRows
+from spatialvlm.data.arrow_rows import ArrowRows
+from spatialvlm.data.containers import JsonArray, JsonLines
 from spatialvlm.data.formats import SourceAttrs
 from spatialvlm.data.sample import MediaRef
 from spatialvlm.data.sources import Source, check_sources
+from spatialvlm.data.tar_rows import TarRows
 from spatialvlm.errors import ConfigError, DataError, MediaError
 
 
@@ -199,7 +201,7 @@ def test_few_files_of_row_groups_stay_open(tmp_path):
 
 
 def test_much_read_amplification_is_logged_once(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("spatialvlm.data.containers._AMPLIFICATION_AFTER", 5)
+    monkeypatch.setattr("spatialvlm.data.arrow_rows._AMPLIFICATION_AFTER", 5)
     pq.write_table(embedded(), tmp_path / "a.parquet", row_group_size=10)
     container = ArrowRows(tmp_path / "a.parquet", groups_open=1)
     for n in range(20):
@@ -238,7 +240,7 @@ def test_tar_shards(tmp_path, monkeypatch):
     source = Source(SourceAttrs("t", "general"), files=["s.tar"], root=tmp_path, cache_dir=tmp_path)
     found = [samples for _, samples in source.scan(0)]
     monkeypatch.setattr(
-        "spatialvlm.data.containers._tar_members", None
+        "spatialvlm.data.tar_rows._tar_members", None
     )  # the second time from the cache
     again = Source(SourceAttrs("t", "general"), files=["s.tar"], root=tmp_path, cache_dir=tmp_path)
     assert [s for _, s in again.scan(0)][:2] == found[:2]
