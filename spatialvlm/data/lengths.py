@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import multiprocessing
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from spatialvlm.data.sample import DrawArray, LengthArray
+
+logger = logging.getLogger(__name__)
 
 _VERSION = 1
 _CHUNK = 2048
@@ -114,7 +118,10 @@ class LengthTable:
     def save(self) -> None:
         """Write what was measured since the start, so that the next run need not measure it again."""
         for source in self._changed:
-            self._save(source)
+            try:
+                self._save(source)
+            except DataError as error:
+                logger.warning("%s The next run measures them again.", error)
         self._changed.clear()
 
     def usable(self, source: int) -> npt.NDArray[np.bool_]:
@@ -230,15 +237,22 @@ class LengthTable:
         return np.zeros(rows, LENGTH_DTYPE), np.zeros(rows, np.uint8)
 
     def _save(self, source: int) -> None:
-        folder = self._folder(source)
-        folder.mkdir(exist_ok=True)
         # Media that cannot be read today may be repaired tomorrow; only lengths are remembered.
         overlong = 1 + LOAD_REASONS.index("overlong")
         reasons = np.where(self.reasons[source] == overlong, overlong, 0).astype(np.uint8)
-        for name, values in (("reasons", reasons), ("records", self.records[source])):
-            partial = folder / f"{name}.partial.npy"
-            np.save(partial, values)
-            partial.replace(folder / f"{name}.npy")
+        folder = self._folder(source)
+        try:
+            folder.mkdir(exist_ok=True)
+            for name, values in (("reasons", reasons), ("records", self.records[source])):
+                partial = folder / f"{name}.partial.npy"
+                np.save(partial, values)
+                partial.replace(folder / f"{name}.npy")
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise DataError(
+                f"cannot write the lengths of {self.encoder.indices[source].source.name} to {folder}: {error}. Free "
+                "space or point data.index_dir elsewhere; nothing was left behind."
+            ) from error
 
 
 _measured: list[tuple[LengthTable, int]] = []

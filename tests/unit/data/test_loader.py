@@ -411,3 +411,25 @@ def test_lazily_measured_lengths_are_kept(tiny_checkpoint, toy_config):
     assert not loader.lengths.complete(0)
     list(loader)
     assert build(toy_config(**lazy), folder).lengths.complete(0)
+
+
+def test_full_disk_while_lengths_are_written(
+    tiny_checkpoint, toy_config, monkeypatch, tmp_path, caplog
+):
+    from spatialvlm.data import lengths as module
+
+    original = module.np.save
+
+    def full(path, values):
+        if "lengths-" in str(path):
+            raise OSError(28, "No space left on device")
+        original(path, values)
+
+    monkeypatch.setattr(module.np, "save", full)
+    folder = tiny_checkpoint("qwen3vl")
+    with pytest.raises(DataError, match=r"lengths of sp .*No space left.*nothing was left behind"):
+        build(toy_config(), folder)
+    assert not list((tmp_path / "index").glob("*/lengths-*/*"))
+    # a run that only remembers what it measured on the way goes on
+    assert len(list(build(toy_config(data={"lengths": "lazy"}), folder))) == 5
+    assert "measures them again" in caplog.text
