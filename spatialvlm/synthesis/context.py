@@ -321,13 +321,14 @@ class SceneContext:
 
     def visible_once(self, obj: int, frames: Sequence[int]) -> bool:
         """Whether the object is visible with enough pixels in at least one of the frames."""
-        return self._seen(obj, frames)[0]
+        return self.seen(obj, frames)[0]
 
     def best_visibility(self, obj: int, frames: Sequence[int]) -> float:
         """Largest visible share over the frames."""
-        return self._seen(obj, frames)[1]
+        return self.seen(obj, frames)[1]
 
-    def _seen(self, obj: int, frames: Sequence[int]) -> tuple[bool, float]:
+    def seen(self, obj: int, frames: Sequence[int]) -> tuple[bool, float]:
+        """:meth:`visible_once` and :meth:`best_visibility` in one look-up."""
         key = (obj, *frames)
         if key not in self._seen_in:
             records = [self.view(frame).vis[obj] for frame in frames]

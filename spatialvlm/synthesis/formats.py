@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from spatialvlm.data.sample import Sample, Turn
@@ -52,9 +53,17 @@ def allowed_formats(slots: Slots) -> list[int]:
     T1 and T2 need a phrase that is unique by itself; T3, T4 and every drawn view need a box of every
     object in an image; V3 needs masks.
     """
-    boxed = all(slot["boxes"] for slot in slots)
-    masked = all(slot["masks"] for slot in slots)
-    unique = all(slot["unique"] for slot in slots)
+    return list(
+        _allowed(
+            all(slot["boxes"] for slot in slots),
+            all(slot["masks"] for slot in slots),
+            all(slot["unique"] for slot in slots),
+        )
+    )
+
+
+@lru_cache(maxsize=8)
+def _allowed(boxed: bool, masked: bool, unique: bool) -> tuple[int, ...]:
     allowed = []
     for format_id in range(NUM_FORMATS):
         text, view = text_and_view(format_id)
@@ -65,7 +74,7 @@ def allowed_formats(slots: Slots) -> list[int]:
         if view == 3 and not masked:
             continue
         allowed.append(format_id)
-    return allowed
+    return tuple(allowed)
 
 
 @dataclass(frozen=True)

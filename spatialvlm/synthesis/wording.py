@@ -186,6 +186,7 @@ class PhraseBook:
         problems = lint(texts)
         if problems:
             raise SynthesisError("templates have problems:\n  " + "\n  ".join(problems))
+        self._found: dict[tuple[str, str, str, str | None], list[Template]] = {}
         self.templates = {
             task: {
                 key: [
@@ -205,6 +206,12 @@ class PhraseBook:
         Raises:
             SynthesisError: There is none.
         """
+        found = self._found.get((task, form, variant, unit))
+        if found is None:
+            found = self._found[task, form, variant, unit] = self._search(task, form, variant, unit)
+        return found
+
+    def _search(self, task: str, form: str, variant: str, unit: str | None) -> list[Template]:
         keys = self.templates.get(task, {})
         suffix = f"@{unit}" if unit else ""
         for key in (f"{variant}/{form}{suffix}", f"{variant}/{form}", f"{form}{suffix}", form):

@@ -26,6 +26,30 @@ NEEDS = {r.value.removeprefix("needs:"): r for r in Reason if r.value.startswith
 """What a task can need -> the reason that counts scenes without it."""
 
 
+OPENSPATIAL = {
+    "size_abs": "Size-obj-abs",
+    "size_rel": "Size-obj-rel",
+    "dist_abs": "Dis-obj-abs",
+    "grounding_cam9": "3d-grounding",
+    "left_right": "Pos-left-right",
+    "high_low": "Pos-high-low",
+    "front_behind": "Pos-front-behind",
+    "depth_choice": "Depth-choice",
+    "depth_order": "Depth-order",
+    "dist_obj_cam": "Dis-obj-cam",
+    "cam_motion": "Cam-motion",
+    "cam_pose": "Cam-pose",
+    "mv_dist_abs": "Mi-dis-obj-abs",
+    "mv_dist_rel": "Mi-dis-obj-rel",
+    "mv_pos": "Mi-pos-obj",
+    "corr_point": "Corr-point",
+    "corr_obj": "Corr-obj",
+    "scene_caption": "Scene-caption",
+    "route_plan": "Route-plan",
+}
+"""Our task id -> name of the sub-task in OpenSpatial (arXiv 2604.07296), in its order."""
+
+
 class Task:
     """One kind of question; subclasses fill in the class attributes and the three methods."""
 
@@ -76,7 +100,9 @@ class Task:
 
     def all_tags(self) -> list[str]:
         """Tags of a row: capability, groups, and the free ones."""
+        named = [f"openspatial:{OPENSPATIAL[self.id]}"] if self.id in OPENSPATIAL else []
         return [
+            *named,
             f"easi:{self.capability}",
             f"ssr:{self.group}",
             f"sensenova:{self.dimension}",

@@ -53,7 +53,8 @@ class LocateCell(Task):
         guard = min(abs(value - round(value)) for value in (column, row))
         margin = require("cells", guard, CELL_GUARD)
         cell = [min(int(column), GRID - 1) + 1, min(int(row), GRID - 1) + 1]
-        return Derived(cell, margin, {"grid_xy": [column, row]})
+        # In cells like the answer: the middle of cell [1, 1] is (1, 1).
+        return Derived(cell, margin, {"target_xy": [column + 0.5, row + 0.5]})
 
     def phrase(self, ctx: SceneContext, args: Args, derived: Derived, write: Writer) -> QA:
         """Open question; the grid is stated in the text."""

@@ -56,9 +56,10 @@ class VideoTask(Task):
         """
         least = 1.0
         for obj in objects:
-            if not ctx.visible_once(obj, frames):
+            seen, share = ctx.seen(obj, frames)
+            if not seen:
                 raise Reject(Reason.NOT_VISIBLE, f"object {obj}")
-            least = min(least, ctx.best_visibility(obj, frames))
+            least = min(least, share)
         return Margin("vis", least, 0.3)
 
     def seen_unique(self, ctx: SceneContext) -> list[int]:
@@ -332,9 +333,8 @@ class VsiRelDist(VideoTask):
         ]
         unique = [label for label in seen if len(ctx.by_label[label]) == 1]
         require_count(seen, 3, Reason.TOO_FEW_OBJECTS)
-        for _ in range(400):
-            if not unique:
-                return
+        require_count(unique, 1, Reason.TOO_FEW_OBJECTS)
+        for _ in range(MAX_CHAINS // 4):
             reference = unique[int(rng.integers(len(unique)))]
             pool = [label for label in seen if label != reference]
             count = min(int(rng.choice([4, 4, 3, 2])), len(pool))

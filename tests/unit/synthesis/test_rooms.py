@@ -60,7 +60,13 @@ def test_nearly_every_task_has_rows_in_two_rooms_and_all_verify(rooms, tmp_path)
     report = verify(tmp_path, rooms)
     assert report.mismatches == []
     # Whether a label repeats visibly, cameras ring a centre, or a route exists depends on the room.
-    assert set(TASKS) - set(report.by_task) <= {"vsi_count", "cam_pose", "route_plan", "vsi_route", "da_blocks"}
+    assert set(TASKS) - set(report.by_task) <= {
+        "vsi_count",
+        "cam_pose",
+        "route_plan",
+        "vsi_route",
+        "da_blocks",
+    }
 
 
 def test_masks_make_every_format_possible(rooms):

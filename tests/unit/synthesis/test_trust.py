@@ -303,7 +303,7 @@ def test_every_task_has_a_tag_of_each_taxonomy():
     groups = {"rel", "persp", "meas", "complex"}
     dimensions = {"depth", "size", "rel", "persp", "shape", "nav"}
     assert {t.family for t in all_tasks.values()} == families
-    assert {t.capability for t in all_tasks.values()} >= capabilities - {"DA"}
+    assert {t.capability for t in all_tasks.values()} == capabilities
     for group, dimension in product(groups, ("",)):
         assert any(t.group == group for t in all_tasks.values()), dimension
     assert {t.dimension for t in all_tasks.values()} == dimensions
