@@ -222,6 +222,10 @@ class Room(Record):
     area_method: AreaMethod = "none"
     extra: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.polygon_xy is not None:
+            object.__setattr__(self, "polygon_xy", counter_clockwise(self.polygon_xy))
+
 
 @dataclass(frozen=True, eq=False)
 class Scene(Record):
