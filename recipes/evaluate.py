@@ -13,11 +13,12 @@ r"""Answer benchmarks with a checkpoint and score the answers.
 Run folder: ``<benchmark>/{predictions.jsonl, manifest.json, result.json, per_item.csv, report.html}``, and
 ``summary.csv``, ``report.html``, ``run.json``, ``config.resolved.yaml``, ``environment.json`` beside them.
 
-Exit codes: 0 everything scored, 2 configuration, 3 data, 1 any other failure. See docs/evaluation.md.
+Exit codes: 0 everything scored, 2 configuration, 3 data, 130 interrupted, 1 any other failure. See docs/evaluation.md.
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -216,12 +217,25 @@ def run(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", type=Path, help="YAML recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     arguments = parser.parse_args(argv)
+    folder: Path | None = None
     try:
         config = load_config(arguments.config, arguments.overrides, EvalConfig)
+        folder = Path(config.run.dir)
         return main(config, arguments.overrides)
     except SpatialVLMError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        note_end(folder, "failed", f"{type(error).__name__}: {error}")
         return 2 if isinstance(error, ConfigError) else 3 if isinstance(error, DataError) else 1
+    except KeyboardInterrupt:
+        note_end(folder, "stopped", "interrupted; the same command continues")
+        return 130
+
+
+def note_end(folder: Path | None, state: str, reason: str) -> None:
+    """Say in ``run.json`` why a run that had begun did not finish."""
+    begun = folder is not None and (folder / "run.json").is_file()
+    if begun and folder is not None and os.environ.get("RANK", "0") == "0":
+        write_state(folder, state, reason)
 
 
 if __name__ == "__main__":

@@ -159,6 +159,7 @@ def test_resume_and_changed_settings(recipe, rows, tiny_checkpoint, tmp_path, ca
     assert recipe(arguments(rows, checkpoint, out, "evaluation.media=drop")) == 2
     message = capsys.readouterr().err
     assert "media: 'real' before, 'drop' now" in message
+    assert json.loads((out / "run.json").read_text())["state"] == "failed"
     assert (
         recipe(arguments(rows, checkpoint, out, "evaluation.media=drop", "run.overwrite=true")) == 0
     )

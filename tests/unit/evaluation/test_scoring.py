@@ -327,7 +327,7 @@ def test_row_index_benchmarks_pin_their_file(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda b: score(b, GOOD, "oficial"), r"protocol 'oficial' .* did you mean 'official'"),
+        (lambda b: score(b, GOOD, "official1"), r"protocol 'official1' .* did you mean 'official'"),
         (lambda b: score(b, GOOD, unparsed="ignore"), r"unparsed='ignore' is not one of: wrong"),
         (lambda b: find_spec("vsi"), r"unknown benchmark 'vsi'; known: all_angles"),
     ],
