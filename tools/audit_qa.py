@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from PIL import Image
 
 from spatialvlm.errors import MarkError
+from spatialvlm.scenes.blacklist import Blacklist
 from spatialvlm.synthesis.audit import audit, page, prune, read_rows
 from spatialvlm.synthesis.balance import balance
 from spatialvlm.synthesis.marks import draw_marks, mark_from_dict
@@ -80,7 +81,9 @@ def main(argv: list[str] | None = None) -> int:
         write_rows(arguments.prune / "pruned.parquet", rows)
         (arguments.prune / "removed.json").write_text(json.dumps(sorted(removed)), encoding="utf-8")
         print(f"pruned: {len(removed):,} rows removed")
-    result = audit(rows)
+    blacklist = Blacklist()
+    scenes = {row["scene_id"] for row in rows}
+    result = audit(rows, blocked=[s for s in scenes if blacklist.check(s) is not None])
     samples, images = {}, {}
     for row in rows:
         if row["task"] not in samples:

@@ -134,13 +134,11 @@ def blocked_scenes(arguments: argparse.Namespace) -> list[str]:
     Raises:
         ContaminationError: There is one and ``--strict-contamination`` is set.
     """
-    if arguments.allow_contaminated:
-        return []
     lists = [*shipped_lists(), *(load_list(path) for path in arguments.blacklist)]
     blacklist = Blacklist(lists)
     refs = list_scenes(arguments.scenes)
     found = [ref.scene_id for ref in refs if blacklist.check(ref.scene_id) is not None]
-    if found and arguments.strict_contamination:
+    if found and arguments.strict_contamination and not arguments.allow_contaminated:
         raise ContaminationError(
             f"{len(found)} of {len(refs)} scenes belong to evaluation sets, first {found[0]}. "
             "Remove them or drop --strict-contamination to skip them."
@@ -169,6 +167,7 @@ def finish(arguments: argparse.Namespace) -> None:
             dialect=arguments.dialect,
             render_marks=arguments.render_marks,
             licenses=arguments.license_allow,
+            allow_contaminated=arguments.allow_contaminated,
         )
         print(f"exported: {manifest['rows']:,} rows to {target}")
 
@@ -210,6 +209,7 @@ def main(argv: list[str] | None = None) -> int:
             limit=arguments.limit,
             overwrite=arguments.overwrite,
             blocked=blocked,
+            allow_blocked=arguments.allow_contaminated,
             dry_run=arguments.dry_run,
             max_failed=arguments.max_failed,
             progress=show,
@@ -221,7 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     bar.close()
     print(summary.table())
     if blocked:
-        print(f"{len(blocked)} evaluation scenes skipped, listed in the manifest")
+        what = "used, rows are tagged" if arguments.allow_contaminated else "skipped"
+        print(f"{len(blocked)} evaluation scenes {what}")
     print(
         f"{summary.rows} rows, {summary.skipped_parts} of {summary.parts} parts were there already"
     )

@@ -17,6 +17,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from spatialvlm.errors import SpatialVLMError
+from spatialvlm.scenes.blacklist import Blacklist
+from spatialvlm.synthesis.parts import list_scenes
 from spatialvlm.synthesis.verify import verify
 
 
@@ -29,12 +31,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scenes", type=Path, required=True)
     parser.add_argument("--sample", type=float, default=1.0, help="share of the rows to check")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument(
+        "--allow-contaminated", action="store_true", help="rows about evaluation scenes are fine"
+    )
     parser.add_argument("--report", type=Path, help="write the result as JSON")
     arguments = parser.parse_args(argv)
     started = time.perf_counter()
     try:
+        blacklist = Blacklist([] if arguments.allow_contaminated else None)
+        refs = list_scenes(arguments.scenes)
         report = verify(
-            arguments.rows, arguments.scenes, sample=arguments.sample, workers=arguments.workers
+            arguments.rows,
+            arguments.scenes,
+            sample=arguments.sample,
+            workers=arguments.workers,
+            blocked=[ref.scene_id for ref in refs if blacklist.check(ref.scene_id) is not None],
         )
     except SpatialVLMError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

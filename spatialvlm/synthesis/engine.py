@@ -29,7 +29,7 @@ from spatialvlm.synthesis.parts import (
     write_text,
 )
 from spatialvlm.synthesis.plan import SynthesisPlan
-from spatialvlm.synthesis.rows import GEN_VERSION, compact_json
+from spatialvlm.synthesis.rows import CONTAMINATED, GEN_VERSION, compact_json
 from spatialvlm.synthesis.twins import base_of, counterfactual_rows
 from spatialvlm.synthesis.wording import PhraseBook, default_book
 
@@ -50,6 +50,8 @@ class Job:
     """All scenes by id: where twins find their rooms."""
     blocked: tuple[str, ...] = ()
     """Ids of scenes that must not be used (see ``scenes.blacklist``)."""
+    allow_blocked: bool = False
+    """Use them all the same; their rows carry the tag ``contaminated``."""
     dry_run: bool = False
 
 
@@ -89,6 +91,7 @@ def synthesize(
     limit: int | None = None,
     overwrite: bool = False,
     blocked: Iterable[str] = (),
+    allow_blocked: bool = False,
     dry_run: bool = False,
     max_failed: float = MAX_FAILED,
     progress: Callable[[int, int], None] | None = None,
@@ -105,6 +108,7 @@ def synthesize(
         limit: Only the first so many scenes.
         overwrite: Replace rows of another plan.
         blocked: Scene ids to skip; they are counted and listed.
+        allow_blocked: Use them and tag their rows ``contaminated``.
         dry_run: Count only, write nothing.
         max_failed: Share of scenes that may fail.
         progress: Called with (scenes of the finished part, its rows).
@@ -122,7 +126,7 @@ def synthesize(
     parts = [part for part in split_into_parts(refs) if part.index % count == index]
     summary = Summary()
     bases = {ref.scene_id: ref for ref in refs}
-    job = Job(scenes, out, plan, bases, tuple(sorted(blocked)), dry_run)
+    job = Job(scenes, out, plan, bases, tuple(sorted(blocked)), allow_blocked, dry_run)
     todo = []
     if not dry_run:
         out.mkdir(parents=True, exist_ok=True)
@@ -161,7 +165,8 @@ def run_part(job: Job, part: Part) -> dict[str, Any]:
     licenses: Counter[str] = Counter()
     skipped: list[str] = []
     for ref in part.scenes:
-        if ref.scene_id in job.blocked:
+        contaminated = ref.scene_id in job.blocked
+        if contaminated and not job.allow_blocked:
             skipped.append(ref.scene_id)
             continue
         try:
@@ -177,6 +182,8 @@ def run_part(job: Job, part: Part) -> dict[str, Any]:
         except SCENE_FAILURES:
             failed[ref.scene_id] = traceback.format_exc()
             continue
+        if contaminated:
+            made = [{**row, "tags": [*row["tags"], CONTAMINATED]} for row in made]
         rows += made
         counters.update(counted)
         licenses[scene.license] += len(made)

@@ -17,10 +17,10 @@ from typing import Any, Literal
 import pyarrow.parquet as pq
 from PIL import Image
 
-from spatialvlm.errors import ConfigError, DataError, MediaError
+from spatialvlm.errors import ConfigError, ContaminationError, DataError, MediaError
 from spatialvlm.synthesis.formats import Dialect, expand_slots, replace_names
 from spatialvlm.synthesis.marks import draw_marks, mark_from_dict
-from spatialvlm.synthesis.rows import Draws
+from spatialvlm.synthesis.rows import CONTAMINATED, Draws
 from spatialvlm.typing import MarkSpec
 
 ExportKind = Literal["sharegpt", "messages", "webdataset"]
@@ -39,6 +39,7 @@ def export_rows(
     dialect: Dialect = "internvl",
     render_marks: bool = False,
     licenses: Sequence[str] = (),
+    allow_contaminated: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
     """Export all rows of a folder.
@@ -52,6 +53,7 @@ def export_rows(
         dialect: How that format writes boxes.
         render_marks: Draw marks into copies below ``out/images``; without it rows with marks are refused.
         licenses: Only these licences; empty = all.
+        allow_contaminated: Export rows about evaluation scenes as well.
         shard_bytes: Largest tar shard.
 
     Returns:
@@ -59,6 +61,7 @@ def export_rows(
 
     Raises:
         ConfigError: Rows with marks would lose them.
+        ContaminationError: A row is about an evaluation scene.
         MediaError: An image is missing; no row is ever replaced by another.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -70,6 +73,11 @@ def export_rows(
             if licenses and row["license"] not in licenses:
                 counts[f"license {row['license']}"] += 1
                 continue
+            if CONTAMINATED in row["tags"] and not allow_contaminated:
+                raise ContaminationError(
+                    f"row {row['id']} is about the evaluation scene {row['scene_id']}. Pass "
+                    "--allow-contaminated again if the export is not for training."
+                )
             kept[row["license"]] += 1
             yield realise(row, format_id, dialect)
 

@@ -13,6 +13,8 @@ import pyarrow as pa
 
 from spatialvlm.answers import AnswerType
 
+CONTAMINATED = "contaminated"
+"""Tag of rows about evaluation scenes, which exist only where somebody asked for them."""
 GEN_VERSION = "1"
 """Raised whenever a change of the code changes rows; part of every row id."""
 

@@ -31,7 +31,7 @@ from spatialvlm.synthesis.executors import Executor, run_parts
 from spatialvlm.synthesis.generate import RowMaker, make_context
 from spatialvlm.synthesis.parts import SceneRef, image_prefix, list_scenes, read_scene
 from spatialvlm.synthesis.plan import SynthesisPlan, TaskPlan
-from spatialvlm.synthesis.rows import SCHEMA, Reject, canonical_json, hashed, row_id
+from spatialvlm.synthesis.rows import CONTAMINATED, SCHEMA, Reject, canonical_json, hashed, row_id
 from spatialvlm.synthesis.tasks import TASKS
 from spatialvlm.synthesis.twins import TAG
 from spatialvlm.synthesis.wording import PhraseBook, Wording, default_book
@@ -201,8 +201,8 @@ def check_row(maker: RowMaker, row: Mapping[str, Any]) -> list[str]:
         problems.append(f"evidence {row['evidence']} is now {fresh['evidence']}")
     if abs(fresh["margin"]["value"] - row["margin"]["value"]) > 1e-5:
         problems.append(f"margin {row['margin']} is now {fresh['margin']}")
-    # The partner of a counterfactual pair is known to the run only.
-    paired = ("group_id", "tags") if TAG in row["tags"] else ()
+    # The partner of a counterfactual pair, and what is blocked, is known to the run only.
+    paired = ("group_id", "tags") if {TAG, CONTAMINATED} & set(row["tags"]) else ()
     problems += [
         f"{column} {row[column]!r} is now {fresh[column]!r}"
         for column in REGENERATED

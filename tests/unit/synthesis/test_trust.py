@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from spatialvlm.errors import ConfigError, MediaError, SynthesisError
+from spatialvlm.errors import ConfigError, ContaminationError, MediaError, SynthesisError
 from spatialvlm.scenes.io import load_scene, save_scene
 from spatialvlm.synthesis import tasks as registry
 from spatialvlm.synthesis.audit import audit, best_constant, page, prune, read_rows
@@ -313,3 +313,18 @@ def test_schema_is_the_one_on_disk(made):
     path = sorted(made[1].glob("*.parquet"))[0]
     assert pq.read_schema(path).equals(SCHEMA)
     assert isinstance(SCHEMA.field("margin").type, pa.StructType)
+
+
+def test_evaluation_scenes_are_skipped_or_marked_and_not_exported(made, tmp_path):
+    scenes, _ = made
+    plan, bad = make_plan("left_right"), ["rooms/hand-1"]
+    synthesize(scenes, tmp_path / "a", plan, executor="serial", blocked=bad)
+    assert "rooms/hand-1" not in {row["scene_id"] for row in read_rows(tmp_path / "a")}
+    synthesize(scenes, tmp_path / "b", plan, executor="serial", blocked=bad, allow_blocked=True)
+    marked = {r["scene_id"] for r in read_rows(tmp_path / "b") if "contaminated" in r["tags"]}
+    assert marked == {"rooms/hand-1"}
+    assert verify(tmp_path / "b", scenes).mismatches == []
+    assert len(verify(tmp_path / "b", scenes, blocked=bad).mismatches) == 20
+    with pytest.raises(ContaminationError, match="rooms/hand-1"):
+        export_rows(tmp_path / "b", scenes, tmp_path / "c", "messages", render_marks=True)
+    assert audit(read_rows(tmp_path / "b"), blocked=bad).blocked == bad
