@@ -138,7 +138,8 @@ class _TorchEngine(Engine):
         exact = torch.float64 if self.processes.device.type == "cpu" else None
         each = [torch.linalg.vector_norm(t, dtype=exact) for t in tensors]
         whole = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in each]
-        return torch.linalg.vector_norm(torch.stack(whole)).float()
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(whole)).float()
+        return norm
 
     def step(self, norms: Mapping[str, Tensor] | None) -> bool:
         assert norms is not None
