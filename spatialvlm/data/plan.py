@@ -206,28 +206,31 @@ def _pack(items: list[Item], world: int, packing: PackingArgs) -> list[list[Item
 
 
 def _level(items: list[Item], count: int, max_tokens: int) -> list[list[Item]] | None:
-    """Deal items to packs so that media cost and total cost are level; None when one finds no room.
+    """Deal items to packs so that media cost and language cost are both level; None when one finds no room.
 
-    Items with media go first, each to the pack with the least media cost; text then fills up the packs
-    that cost least. Sharded engines meet in every layer, so a rank that is late in its vision encoder
-    delays all others even if its total is average.
+    Sharded engines meet in every layer, so a rank that is late in its vision encoder delays all others
+    even if its total is average. Large items first, each goes where the larger of the two loads, in units
+    of their means, stays smallest.
     """
+    media_mean = sum(item.media_cost for item in items) / count or 1.0
+    text_mean = sum(item.cost - item.media_cost for item in items) / count or 1.0
+    shares = {
+        item.members: (item.media_cost / media_mean, (item.cost - item.media_cost) / text_mean)
+        for item in items
+    }
     packs: list[list[Item]] = [[] for _ in range(count)]
-    media, total = np.zeros(count), np.zeros(count)
+    media, text = np.zeros(count), np.zeros(count)
     room = np.full(count, max_tokens)
-    with_media = sorted(
-        (i for i in items if i.media_cost > 0), key=lambda i: (-i.media_cost, i.members)
-    )
-    text = sorted((i for i in items if i.media_cost == 0), key=lambda i: (-i.cost, i.members))
-    for chosen, load in ((with_media, media), (text, total)):
-        for item in chosen:
-            at = int(np.argmin(np.where(room >= item.tokens, load, np.inf)))
-            if room[at] < item.tokens:
-                return None
-            packs[at].append(item)
-            media[at] += item.media_cost
-            total[at] += item.cost
-            room[at] -= item.tokens
+    for item in sorted(items, key=lambda item: (-max(shares[item.members]), item.members)):
+        own_media, own_text = shares[item.members]
+        load = np.maximum(media + own_media, text + own_text) + 0.1 * (media + text)
+        at = int(np.argmin(np.where(room >= item.tokens, load, np.inf)))
+        if room[at] < item.tokens:
+            return None
+        packs[at].append(item)
+        media[at] += own_media
+        text[at] += own_text
+        room[at] -= item.tokens
     return packs
 
 
