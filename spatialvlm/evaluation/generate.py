@@ -30,7 +30,6 @@ class GenConfig:
     """Decoding; always greedy, without stop strings."""
 
     max_new_tokens: int
-    do_sample: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from spatialvlm.evaluation.__main__ import main
 from spatialvlm.evaluation.metrics import estimate
 from spatialvlm.evaluation.predictions import Prediction, join, read_predictions
 from spatialvlm.evaluation.prompts import safe_path
-from spatialvlm.evaluation.registry import find_spec, load_benchmark
+from spatialvlm.evaluation.registry import check_media, find_spec, load_benchmark
 from spatialvlm.evaluation.schema import as_list, lettered, present
 from spatialvlm.evaluation.scoring import compare, score, write_result
 
@@ -400,6 +400,16 @@ def test_tables_with_letter_columns(tmp_path):
     )
     item = load_benchmark("all_angles", path).items[0]
     assert (dict(item.options), item.gold, item.cluster) == ({"A": "x", "B": "y"}, "B", "s")
+
+
+def test_missing_media_are_listed(tmp_path):
+    rows = [{**VSI_ROW, "id": n, "scene_name": f"s{n}"} for n in range(30)]
+    bench = load_benchmark("vsi_bench", write(tmp_path / "vsi.jsonl", rows))
+    (tmp_path / "scannet").mkdir()
+    (tmp_path / "scannet" / "s0.mp4").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"29 media files of vsi_bench are missing") as error:
+        check_media(bench)
+    assert str(error.value).count("scannet/s") == 20
 
 
 # ---------------------------------------------------------------------------------------------- command line
