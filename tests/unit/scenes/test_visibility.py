@@ -37,7 +37,10 @@ def test_fraction_counts_hits_and_occluded_rays_only():
 def test_projection_against_pixel_counts():
     """Share inside the image by polygons equals the share of pixels of a larger image."""
     wide = Camera(
-        [*CAMERA.intrinsics, [0, 0, 160], [0, 0, 120], [0, 0, 0]], CAMERA.world_from_cam, 480, 360
+        CAMERA.intrinsics + np.array([[0, 0, 160], [0, 0, 120], [0, 0, 0]]),
+        CAMERA.world_from_cam,
+        480,
+        360,
     )
     rng = np.random.default_rng(0)
     compared = 0
@@ -64,7 +67,10 @@ def test_projection_behind_and_across_the_camera_plane():
     across = project_box(Box.upright((0, 1.2, 1), (3, 1, 1)), CAMERA)
     assert 0 < across.in_frustum_frac < 0.5
     larger = Camera(
-        [*CAMERA.intrinsics, [0, 0, 20], [0, 0, 20], [0, 0, 0]], CAMERA.world_from_cam, 200, 160
+        CAMERA.intrinsics + np.array([[0, 0, 20], [0, 0, 20], [0, 0, 0]]),
+        CAMERA.world_from_cam,
+        200,
+        160,
     )
     box = Box.upright((3, 2.8, 1), (1, 1, 1))
     assert project_box(box, larger).in_frustum_frac >= project_box(box, CAMERA).in_frustum_frac
