@@ -23,13 +23,15 @@ CELL_SHARE = 0.125
 CELL_TIE = 0.005
 """Least lead of a cell's word over the runner-up, as a share of the cell."""
 NOTHING = "none"
+CELL_LETTERS = "ABCDEFGHIJKLMNOP"
+"""Names of the cells, row by row from the top left."""
 COLOUR_NAMES = (
     "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "gray", "white",
 )  # fmt: skip
 
 
 class LocateCell(Task):
-    """In which cell of a 4x4 grid over the image the middle of an object lies."""
+    """In which cell of a 4x4 grid over the image the middle of an object lies, by numbers or by letter."""
 
     id = "locate_cell"
     family = "SR"
@@ -37,13 +39,14 @@ class LocateCell(Task):
     group = "rel"
     dimension = "rel"
     forms = ("OE",)
+    variants = ("number", "letter")
 
     def propose(self, ctx: SceneContext, rng: Generator) -> Iterator[Args]:
         """One clean object of one frame."""
-        return per_frame(ctx, rng, 1)
+        return per_frame(ctx, rng, 1, self.variants)
 
     def derive(self, ctx: SceneContext, args: Args) -> Derived:
-        """``[column, row]`` from 1 at the top left, of the middle of the visible box."""
+        """``[column, row]`` from 1 at the top left, of the middle of the visible box, or the cell's letter."""
         view = ctx.view(args["frames"][0])
         obj = args["objects"][0]
         ctx.require_clean(view, (obj,))
@@ -53,21 +56,28 @@ class LocateCell(Task):
         guard = min(abs(value - round(value)) for value in (column, row))
         margin = require("cells", guard, CELL_GUARD)
         cell = [min(int(column), GRID - 1) + 1, min(int(row), GRID - 1) + 1]
-        # In cells like the answer: the middle of cell [1, 1] is (1, 1).
-        return Derived(cell, margin, {"target_xy": [column + 0.5, row + 0.5]})
+        values = {"grid_xy": [column, row]}
+        if args["variant"] == "letter":
+            return Derived(CELL_LETTERS[(cell[1] - 1) * GRID + cell[0] - 1], margin, values)
+        return Derived(cell, margin, values)
 
     def phrase(self, ctx: SceneContext, args: Args, derived: Derived, write: Writer) -> QA:
         """Open question; the grid is stated in the text."""
         write.show([ctx.frame_of[args["frames"][0]]])
-        slots = {"a": write.name(args["objects"][0]), "n": str(GRID)}
-        return write.qa(write.turn("coord", derived.answer, slots))
+        slots = {"a": write.name(args["objects"][0]), "n": str(GRID), "last": CELL_LETTERS[-1]}
+        letter = args["variant"] == "letter"
+        turn = write.turn(
+            "text" if letter else "coord", derived.answer, slots, variant=args["variant"]
+        )
+        return write.qa(turn)
 
 
 class CellMap(Task):
-    """The main colour, or the main label, in every cell of a 4x4 grid over the image.
+    """The main colour, or the main label, in every lettered cell of a 4x4 grid over the image.
 
-    Sixteen answers about one image teach a model that starts from random weights to see long before single
-    questions would; the other tasks build on it.
+    Sixteen answers about one image, each behind the letter of its cell, teach a model that starts from random
+    weights to see long before single questions would; the other tasks build on it. Without the letters the
+    model would have to count cells, and does not learn.
     """
 
     id = "cell_map"
@@ -86,38 +96,36 @@ class CellMap(Task):
                 yield {"variant": variant, "frames": [frame_id], "objects": []}
 
     def derive(self, ctx: SceneContext, args: Args) -> Derived:
-        """Row by row from the top left: the word with the most pixels, ``none`` below an eighth of the cell."""
+        """``A word B word ...``: the word with the most pixels, ``none`` below an eighth of the cell."""
         ids = ctx.instances(ctx.frame_of[args["frames"][0]])
         words = [obj.color_name for obj in ctx.objects]
         if args["variant"] == "label":
             words = list(ctx.labels)
         height, width = ids.shape
         answer, guard = [], 1.0
-        for row in range(GRID):
-            for column in range(GRID):
-                cell = ids[
-                    row * height // GRID : (row + 1) * height // GRID,
-                    column * width // GRID : (column + 1) * width // GRID,
-                ]
-                share = {NOTHING: CELL_SHARE}
-                for obj, pixels in enumerate(
-                    np.bincount(cell.ravel(), minlength=len(words) + 1)[1:]
-                ):
-                    if pixels and words[obj] is None:
-                        raise Reject(Reason.NO_COLOUR, f"object {obj}")
-                    if pixels:
-                        word = str(words[obj])
-                        share[word] = share.get(word, 0.0) + int(pixels) / cell.size
-                best, second = sorted([*share.values(), 0.0], reverse=True)[:2]
-                answer.append(max(share, key=lambda word: share[word]))
-                guard = min(guard, best - second)
-        return Derived(answer, require("share", guard, CELL_TIE), {"guard": guard})
+        for index, letter in enumerate(CELL_LETTERS):
+            row, column = divmod(index, GRID)
+            cell = ids[
+                row * height // GRID : (row + 1) * height // GRID,
+                column * width // GRID : (column + 1) * width // GRID,
+            ]
+            share = {NOTHING: CELL_SHARE}
+            for obj, pixels in enumerate(np.bincount(cell.ravel(), minlength=len(words) + 1)[1:]):
+                if pixels and words[obj] is None:
+                    raise Reject(Reason.NO_COLOUR, f"object {obj}")
+                if pixels:
+                    word = str(words[obj])
+                    share[word] = share.get(word, 0.0) + int(pixels) / cell.size
+            best, second = sorted([*share.values(), 0.0], reverse=True)[:2]
+            answer.append(f"{letter} {max(share, key=lambda word: share[word])}")
+            guard = min(guard, best - second)
+        return Derived(" ".join(answer), require("share", guard, CELL_TIE), {"guard": guard})
 
     def phrase(self, ctx: SceneContext, args: Args, derived: Derived, write: Writer) -> QA:
         """One open question per variant."""
         write.show([ctx.frame_of[args["frames"][0]]])
-        slots = {"n": str(GRID), "none": NOTHING}
-        return write.qa(write.turn("list", derived.answer, slots, variant=args["variant"]))
+        slots = {"n": str(GRID), "last": CELL_LETTERS[-1], "none": NOTHING}
+        return write.qa(write.turn("text", derived.answer, slots, variant=args["variant"]))
 
 
 class ObjectColour(Task):
