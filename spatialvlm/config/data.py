@@ -76,7 +76,7 @@ class SourceConfig(Section):
     normalize_marker: Literal["keep", "front"] = "keep"
     """``front`` moves media of the first turn before its text, so that rows on one medium can share a prefix."""
     media_template: str | None = None
-    """Media path for formats that only name a scene, e.g. ``scannet/{scene_id}``."""
+    """Media path for formats that only name a scene, e.g. ``scannet/{scene_id}``; ``None`` elsewhere."""
     access: Literal["arrow", "row_group"] = "arrow"
     """How parquet with embedded bytes is read row by row."""
     capability_map: dict[str, str] = {}
