@@ -25,10 +25,11 @@ from spatialvlm.scenes.blacklist import Blacklist, find_ids, load_list, shipped_
 from spatialvlm.training.distributed import Processes, launched_with_deepspeed
 from spatialvlm.training.engines import Engine, Strategy, deepspeed_settings, make_engine
 from spatialvlm.training.evaluate_loss import HeldOutLoss
+from spatialvlm.training.export import export
 from spatialvlm.training.guard import Guard
 from spatialvlm.training.loop import EvalFn, Fetcher, Run
 from spatialvlm.training.loss import LossSums
-from spatialvlm.training.memory import checkpoint_blocks, compile_blocks
+from spatialvlm.training.memory import checkpoint_blocks, compile_blocks, use_liger
 from spatialvlm.training.metrics import Meter, peak_flops
 from spatialvlm.training.optim import (
     Group,
@@ -159,6 +160,8 @@ def build_engine(
         checkpoint_blocks(adapter.text_layers, preserve_rng=dropout)
     if config.memory.checkpoint_vision:
         checkpoint_blocks(adapter.vision_blocks, preserve_rng=dropout)
+    if config.model.liger:
+        use_liger(adapter.text_layers)
     if config.model.compile:
         compile_blocks([*adapter.text_layers, *adapter.vision_blocks])
     fused = processes.device.type == "cuda" if config.optim.fused == "auto" else config.optim.fused
@@ -252,12 +255,20 @@ def build_held_out(
 ) -> EvalFn | None:
     """Loss on ``evaluation.sources`` for the loop; ``None`` when there are none.
 
+    Raises:
+        ConfigError: Benchmarks are asked for, which need generation.
+
     Args:
         config: Recipe.
         load: :func:`~spatialvlm.data.build.build_data` with everything but the configuration bound.
         model: The plain model inside the engine.
         processes: Ranks.
     """
+    if config.evaluation.benchmarks:
+        raise ConfigError(
+            f"evaluation.benchmarks={list(config.evaluation.benchmarks)}: answering benchmarks while training is not "
+            "supported. Set checkpoint.export_every and run recipes/evaluate.py on the exports."
+        )
     sources = config.evaluation.sources
     if not sources:
         return None
@@ -362,6 +373,8 @@ def build_session(
         every_s=config.checkpoint.every_s,
         on_error=config.checkpoint.on_error,
         after=after_save,
+        export_every=config.checkpoint.export_every,
+        export=lambda engine, checkpoint, target: export(config, run, engine, checkpoint, target),
     )
     if run.checkpoint is not None:
         save.last_step = state.step

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import struct
 import sys
-from collections import Counter
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from spatialvlm.config import TrainConfig
-from spatialvlm.errors import CheckpointError
-from spatialvlm.models.lora import save_adapters
-from spatialvlm.models.spatial_vlm import SpatialVLM
 from spatialvlm.training.build import Session
-from spatialvlm.training.checkpoint import SliceReader
 from spatialvlm.training.engines import Engine
+from spatialvlm.training.export import export
 from spatialvlm.training.loop import Outcome
 from spatialvlm.training.progress import duration
 from spatialvlm.training.report import write_summary
-from spatialvlm.training.run import OpenRun, folder_manifest, update_report
-from spatialvlm.training.state import TrainState, write_json
+from spatialvlm.training.run import OpenRun, update_report
+from spatialvlm.training.state import TrainState
 
 
 def close_run(
@@ -87,65 +75,3 @@ def summary(run: OpenRun, state: TrainState, session: Session, outcome: Outcome)
         "export": "final" if outcome == "finished" and (run.path / "final").is_dir() else None,
         "lineage": run.lineage,
     }
-
-
-def export(
-    config: TrainConfig, run: OpenRun, engine: Engine, checkpoint: Path, target: Path
-) -> None:
-    """Write a model directory from the masters of a checkpoint and the frozen weights; all ranks take part.
-
-    The result does not depend on the strategy that trained it.
-
-    Raises:
-        CheckpointError: It cannot be written.
-    """
-    reader = SliceReader(checkpoint)
-    frozen = engine.frozen(reader.index.shapes)
-    model = engine.model
-    assert isinstance(model, SpatialVLM)
-
-    def write() -> None:
-        work = target.with_name(target.name + ".tmp")
-        shutil.rmtree(work, ignore_errors=True)
-        dtype = torch.float32 if config.export.dtype == "fp32" else stored_dtype(run.base)
-        try:
-            state = full_state(engine, reader, frozen)
-            if config.lora is not None and not config.export.merge_lora:
-                save_adapters(model, work, state_dict=state)
-            else:
-                model.save_pretrained(work, state_dict=state, dtype=dtype)
-            shutil.rmtree(target, ignore_errors=True)
-            work.rename(target)
-            write_json(target.with_name(f"{target.name}.manifest.json"), folder_manifest(target))
-        except OSError as error:
-            raise CheckpointError(f"{target} cannot be written: {error}") from error
-
-    run.processes.on_main(write)
-
-
-def full_state(
-    engine: Engine, reader: SliceReader, frozen: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """State dict of the plain model: trained weights from fp32 masters, the rest as it was loaded."""
-    first: dict[int, Tensor] = {}
-    state: dict[str, Tensor] = {}
-    for name, parameter in engine.model.named_parameters(remove_duplicate=False):
-        if id(parameter) not in first:
-            first[id(parameter)] = (
-                reader.tensor(name) if name in reader.index.shapes else frozen[name]
-            )
-        state[name] = first[id(parameter)]
-    return state
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The type most tensors of a model directory are stored in, read from the safetensors headers."""
-    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    counts: Counter[str] = Counter()
-    for file in folder.glob("model*.safetensors"):
-        with file.open("rb") as opened:
-            size = struct.unpack("<Q", opened.read(8))[0]
-            header = json.loads(opened.read(size))
-        counts.update(entry["dtype"] for name, entry in header.items() if name != "__metadata__")
-    known = [name for name, _ in counts.most_common() if name in names]
-    return names[known[0]] if known else torch.float32

@@ -22,6 +22,7 @@ class Guard:
         max_empty_in_row: Steps without any supervised token in a row that end the run.
         spike_loss: A loss above median + this many MADs is a spike.
         spike_grad: A part norm above this many medians is a spike.
+        trace: Look for the first bad module before the run ends.
     """
 
     max_skipped_in_row: int = 5
@@ -30,6 +31,7 @@ class Guard:
     max_empty_in_row: int = 10
     spike_loss: float = 6.0
     spike_grad: float = 5.0
+    trace: bool = True
     skipped_in_row: int = 0
     empty_in_row: int = 0
     recent: deque[int] = field(default_factory=deque)

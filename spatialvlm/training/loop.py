@@ -105,6 +105,8 @@ def train(
         try:
             guard.update(done, applied=applied, empty=empty)
         except NonFiniteError as error:
+            if not guard.trace:
+                raise
             raise explain_non_finite(error, engine, step.batches, run.processes) from error
 
         if save.due(state) or head.save_due:

@@ -88,6 +88,7 @@ class OpenRun:
             max_empty_in_row=settings.max_empty_in_row,
             spike_loss=settings.spike_loss,
             spike_grad=settings.spike_grad,
+            trace=settings.trace,
         )
         state = TrainState()
         if self.checkpoint is not None:

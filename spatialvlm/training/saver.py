@@ -24,6 +24,8 @@ class Saver:
         every_s: Seconds between checkpoints in addition, on rank 0's clock.
         on_error: ``retry`` = warn and try again at later borders; ``stop`` = raise at once.
         after: Called on rank 0 after every save (``run.json``, report).
+        export_every: Steps between exported model directories; each comes with a checkpoint.
+        export: Writes one from a checkpoint, on all ranks.
     """
 
     def __init__(
@@ -35,6 +37,8 @@ class Saver:
         every_s: float | None = None,
         on_error: Literal["retry", "stop"] = "retry",
         after: Callable[[TrainState, Path], None] | None = None,
+        export_every: int | None = None,
+        export: Callable[[Engine, Path, Path], None] | None = None,
     ) -> None:
         self.store = store
         self.snapshot = snapshot
@@ -42,6 +46,8 @@ class Saver:
         self.every_s = every_s
         self.on_error = on_error
         self.after = after
+        self.export_every = export_every
+        self.export = export
         self.stall_s = 0.0
         """Time spent saving since it was last read."""
         self.last_step = -1
@@ -51,7 +57,12 @@ class Saver:
 
     def due(self, state: TrainState) -> bool:
         """Whether the border after ``state.step`` steps asks for a checkpoint; equal on all ranks."""
-        return state.step % self.every == 0 or state.step == self._retry_at
+        return (
+            state.step % self.every == 0 or state.step == self._retry_at or self._export_due(state)
+        )
+
+    def _export_due(self, state: TrainState) -> bool:
+        return self.export_every is not None and state.step % self.export_every == 0
 
     def clock_due(self) -> bool:
         """Whether rank 0's clock asks for one; travels in the step header."""
@@ -93,6 +104,8 @@ class Saver:
         self.last_step = state.step
         if self.after is not None and self.store.processes.is_main:
             self.after(state, path)
+        if self.export is not None and self._export_due(state):
+            self.export(engine, path, self.store.folder.parent / "exports" / path.name)
 
     def take_stall(self) -> float:
         """Seconds spent saving since the last call."""

@@ -129,13 +129,21 @@ def test_stage_2_starts_from_a_finished_stage_1(run, recipe, tmp_path, capsys):
 
 def test_adapters_are_merged_into_the_names_of_the_base(run, recipe, tiny_checkpoint, tmp_path):
     out = tmp_path / "run"
-    overrides = ("lora={r: 4, alpha: 8}", "optim.vision_lr=null", "optim.embedding_lr=null")
+    overrides = (
+        "lora={r: 4, alpha: 8}",
+        "optim.vision_lr=null",
+        "optim.embedding_lr=null",
+        "checkpoint.export_every=4",
+    )
     assert run(1, recipe(1, "qwen3vl"), f"run.dir={out}", *overrides) == 0
     base = load_file(tiny_checkpoint("qwen3vl") / "model.safetensors")
     final = load_file(out / "final" / "model.safetensors")
     assert {k: (v.shape, v.dtype) for k, v in final.items()} == {
         k: (v.shape, v.dtype) for k, v in base.items()
     }
+    assert [p.name for p in (out / "exports").iterdir() if p.is_dir()] == ["step-00000004"]
+    middle = load_file(out / "exports" / "step-00000004" / "model.safetensors")
+    assert middle.keys() == final.keys()
     moved = {k for k in base if not (base[k] == final[k]).all()}
     assert any("language_model.layers" in k for k in moved)
     assert not any(
