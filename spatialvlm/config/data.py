@@ -118,8 +118,6 @@ class MediaConfig(Section):
     """Decoded frames kept per loader worker, in MB."""
     max_image_pixels: PositiveInt = 89_478_485
     """Larger images are refused before decoding."""
-    video_backend: Literal["pyav", "torchcodec"] = "pyav"
-    """Video decoder; both give the same frames."""
     min_pixels: PositiveInt | None = None
     """Smallest image after resizing; ``None`` = the checkpoint's processor."""
     max_pixels: PositiveInt | None = None
@@ -132,8 +130,6 @@ class MediaConfig(Section):
     """Accept absolute media paths."""
     allow_outside_root: Bool = False
     """Accept media paths that leave the source's root."""
-    allow_urls: Bool = False
-    """Accept media by URL."""
     frame_dir_fps: PositiveFloat = 1.0
     """Assumed rate of frame folders without times."""
 
