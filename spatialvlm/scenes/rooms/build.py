@@ -43,6 +43,7 @@ __all__ = [
     "draw_model",
     "draw_room",
     "is_written",
+    "make_scene",
     "render_view",
     "write_room",
 ]
