@@ -3,6 +3,7 @@
 from spatialvlm.synthesis.tasks import (
     blocks,
     camera,
+    correspondence,
     extra,
     intern,
     measure,
@@ -32,8 +33,8 @@ _ALL: tuple[Task, ...] = (
     multiview.MvDistAbs(),
     multiview.MvDistRel(),
     multiview.MvPos(),
-    multiview.CorrPoint(),
-    multiview.CorrObj(),
+    correspondence.CorrPoint(),
+    correspondence.CorrObj(),
     reasoning.SceneCaption(),
     reasoning.RoutePlan(),
     # VSI-Bench

@@ -18,13 +18,8 @@ from spatialvlm.synthesis.routes import simulate, turn_word
 from spatialvlm.synthesis.rows import Reason, Reject
 from spatialvlm.synthesis.tasks import TASKS
 from spatialvlm.synthesis.tasks.camera import ring_order
-from spatialvlm.synthesis.tasks.multiview import (
-    bearing_around,
-    direction_at,
-    largest,
-    nearest,
-    see_point,
-)
+from spatialvlm.synthesis.tasks.correspondence import see_point
+from spatialvlm.synthesis.tasks.multiview import bearing_around, direction_at, largest, nearest
 from spatialvlm.synthesis.tasks.vsi import direction_word, relative_direction
 
 ALL = ("F0", "F1", "F2")
