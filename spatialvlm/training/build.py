@@ -29,7 +29,7 @@ from spatialvlm.training.export import export
 from spatialvlm.training.guard import Guard
 from spatialvlm.training.loop import EvalFn, Fetcher, Run
 from spatialvlm.training.loss import LossSums
-from spatialvlm.training.memory import checkpoint_blocks, compile_blocks, use_liger
+from spatialvlm.training.memory import checkpoint_blocks, compile_blocks
 from spatialvlm.training.metrics import Meter, peak_flops
 from spatialvlm.training.optim import (
     Group,
@@ -160,8 +160,6 @@ def build_engine(
         checkpoint_blocks(adapter.text_layers, preserve_rng=dropout)
     if config.memory.checkpoint_vision:
         checkpoint_blocks(adapter.vision_blocks, preserve_rng=dropout)
-    if config.model.liger:
-        use_liger(adapter.text_layers)
     if config.model.compile:
         compile_blocks([*adapter.text_layers, *adapter.vision_blocks])
     fused = processes.device.type == "cuda" if config.optim.fused == "auto" else config.optim.fused
@@ -255,20 +253,12 @@ def build_held_out(
 ) -> EvalFn | None:
     """Loss on ``evaluation.sources`` for the loop; ``None`` when there are none.
 
-    Raises:
-        ConfigError: Benchmarks are asked for, which need generation.
-
     Args:
         config: Recipe.
         load: :func:`~spatialvlm.data.build.build_data` with everything but the configuration bound.
         model: The plain model inside the engine.
         processes: Ranks.
     """
-    if config.evaluation.benchmarks:
-        raise ConfigError(
-            f"evaluation.benchmarks={list(config.evaluation.benchmarks)}: answering benchmarks while training is not "
-            "supported. Set checkpoint.export_every and run recipes/evaluate.py on the exports."
-        )
     sources = config.evaluation.sources
     if not sources:
         return None
