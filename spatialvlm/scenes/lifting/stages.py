@@ -19,6 +19,8 @@ MIN_POINTS = 16
 VOXEL_M = 0.05
 MERGE_IOU = 0.3
 MERGE_CONTAINMENT = 0.5
+MERGE_CENTRE = 0.4
+"""Two things of one label cannot stand closer than this share of their width."""
 MIN_FRAMES = 2
 MAX_ASPECT = 30.0
 MAX_POINTS_PER_MASK = 2_000
@@ -107,11 +109,15 @@ def _voxels(points: Array) -> set[tuple[int, ...]]:
 def merge(observations: Sequence[Observation]) -> list[LiftedObject]:
     """Join observations of one thing: same label, and voxels that overlap or are contained.
 
+    Noisy depth moves surfaces by more than a voxel; observations whose centres on the floor are closer
+    than 0.4 of their width are joined too.
+
     Union-find in (frame, falling score) order, so the result does not depend on timing.
     """
     ordered = sorted(observations, key=lambda o: (o.frame, -o.score, o.label))
     parent = list(range(len(ordered)))
     voxels = [_voxels(o.points) for o in ordered]
+    spans = [np.percentile(o.points[:, :2], [5, 50, 95], axis=0) for o in ordered]
 
     def find(i: int) -> int:
         while parent[i] != i:
@@ -125,9 +131,14 @@ def merge(observations: Sequence[Observation]) -> list[LiftedObject]:
                 continue
             a, b = voxels[find(i)], voxels[find(j)]
             shared = len(a & b)
-            if shared and (
-                shared / (len(a) + len(b) - shared) >= MERGE_IOU
-                or shared / min(len(a), len(b)) >= MERGE_CONTAINMENT
+            width = max(float((spans[k][2] - spans[k][0]).max()) for k in (i, j))
+            close = float(np.hypot(*(spans[i][1] - spans[j][1]))) < MERGE_CENTRE * width
+            if close or (
+                shared
+                and (
+                    shared / (len(a) + len(b) - shared) >= MERGE_IOU
+                    or shared / min(len(a), len(b)) >= MERGE_CONTAINMENT
+                )
             ):
                 low, high = sorted((find(i), find(j)))
                 parent[high] = low
