@@ -31,6 +31,7 @@ def main(config: TrainConfig, arguments: Arguments) -> None:
     from spatialvlm.models.build import build_layout, build_model
     from spatialvlm.models.generation import generate
     from spatialvlm.models.isolation import probe_isolation
+    from spatialvlm.synthesis.formats import DIALECT_OF, FormatExpander
     from spatialvlm.synthesis.marks import draw_marks
     from spatialvlm.training import build
     from spatialvlm.training.distributed import leave, start_processes
@@ -76,7 +77,9 @@ def main(config: TrainConfig, arguments: Arguments) -> None:
         draw_marks=draw_marks,
         report=run.say,
     )
-    loader = load(config, state=state.loader or None)
+    # Only training rows change their wording; held-out questions and benchmarks are asked as written.
+    expand = FormatExpander(DIALECT_OF[layout.family])
+    loader = load(config, expand_format=expand, state=state.loader or None)
     probe = build_probe(
         config,
         run.path,

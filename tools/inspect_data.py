@@ -63,6 +63,7 @@ def inspect(config: TrainConfig, args: argparse.Namespace) -> str:
     from spatialvlm.data.sample import World
     from spatialvlm.models.build import build_layout
     from spatialvlm.models.directory import find_folder
+    from spatialvlm.synthesis.formats import DIALECT_OF, FormatExpander
     from spatialvlm.synthesis.marks import draw_marks
     from spatialvlm.training.build import SceneLists
     from spatialvlm.typing import CostCoefficients
@@ -72,10 +73,11 @@ def inspect(config: TrainConfig, args: argparse.Namespace) -> str:
         raise ConfigError(f"--source {args.source}: the recipe has {', '.join(names)}")
     folder = find_folder(config.model.init_from)
     blocked = SceneLists(config.data.decontamination.lists)
+    layout = build_layout(folder, config.geometry)
     loader = build_data(
         config,
         folder,
-        build_layout(folder, config.geometry),
+        layout,
         CostCoefficients(
             1.0, 0.0, 0.0, 0.0, 0.0
         ),  # packs by tokens; tools/plan_data.py knows FLOPs
@@ -83,6 +85,7 @@ def inspect(config: TrainConfig, args: argparse.Namespace) -> str:
         blocked=blocked,
         blocked_key=blocked.key,
         draw_marks=draw_marks,
+        expand_format=FormatExpander(DIALECT_OF[layout.family]),
         report=lambda text: print(text, file=sys.stderr),
     )
     page = Page(

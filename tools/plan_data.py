@@ -64,20 +64,23 @@ def plan(config: TrainConfig, args: argparse.Namespace) -> dict[str, Any]:
     from spatialvlm.data.summary import PlanSummary, source_summary
     from spatialvlm.models.build import build_layout
     from spatialvlm.models.directory import find_folder
+    from spatialvlm.synthesis.formats import DIALECT_OF, FormatExpander
     from spatialvlm.training.build import SceneLists
 
     folder = find_folder(config.model.init_from)
     cost = recipe_cost(config, folder)
     blocked = SceneLists(config.data.decontamination.lists)
+    layout = build_layout(folder, config.geometry)
     started = time.perf_counter()
     loader = build_data(
         config,
         folder,
-        build_layout(folder, config.geometry),
+        layout,
         cost,
         World(0, args.world),
         blocked=blocked,
         blocked_key=blocked.key,
+        expand_format=FormatExpander(DIALECT_OF[layout.family]),
         workers=args.workers,
         report=lambda text: print(text, file=sys.stderr),
     )

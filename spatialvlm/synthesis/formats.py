@@ -27,6 +27,8 @@ Dialect = Literal["internvl", "qwen", "plain"]
 DIALECTS: tuple[Dialect, ...] = ("internvl", "qwen", "plain")
 """How references and boxes are written; coordinates are always thousandths of the image, and the loader
 rewrites them where a model wants pixels."""
+DIALECT_OF: dict[str, Dialect] = {"internvl3": "internvl", "qwen2_5vl": "qwen", "qwen3vl": "qwen"}
+"""Dialect of every backbone family."""
 _MARKS = {2: "box", 3: "mask", 4: "id"}
 Slots = Sequence[Mapping[str, Any]]
 

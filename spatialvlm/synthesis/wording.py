@@ -160,11 +160,14 @@ class Wording:
     """Store masks of named objects, so that loaders can draw them (formats with view V3)."""
     marks: float = 0.5
     """Share of questions about marked objects among tasks that may use marks."""
+    formats: bool = True
+    """Let training show questions about images in the instruction formats of InternSpatial, another one in
+    every epoch; ``False`` keeps them as written, so that all questions about an image share its prefix."""
 
     @classmethod
     def plain(cls) -> Wording:
         """One short wording per question, for models that learn to read from nothing."""
-        return cls(paraphrases=1, hints=False, colours=True, marks=0.0)
+        return cls(paraphrases=1, hints=False, colours=True, marks=0.0, formats=False)
 
 
 class PhraseBook:

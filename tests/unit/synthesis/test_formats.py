@@ -1,15 +1,18 @@
 """The 19 instruction formats and the marks they draw."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from spatialvlm.data.sample import MediaRef, Sample, Turn
+from spatialvlm.data.template import FAMILY_OF_MODEL_TYPE
 from spatialvlm.errors import DataError, MarkError
 from spatialvlm.scenes.visibility import encode_rle
 from spatialvlm.synthesis.formats import (
+    DIALECT_OF,
     FormatExpander,
     allowed_formats,
     expand_slots,
@@ -205,3 +208,24 @@ def test_spar_boxes_grow_outwards_at_the_scale_of_the_stored_image():
     changed = np.argwhere((drawn != 128).any(axis=2))
     assert changed.min(axis=0).tolist() == [50, 70]  # 60 - 10, 80 - 10
     assert (drawn[61, 81] == 128).all()
+
+
+def test_every_backbone_family_has_a_dialect():
+    assert set(DIALECT_OF) == set(FAMILY_OF_MODEL_TYPE.values())
+    text = {
+        family: FormatExpander(dialect)(sample_of(CHAIR, [4]), epoch=0).turns[0].text
+        for family, dialect in DIALECT_OF.items()
+    }
+    assert "<ref>blue chair</ref>" in text["internvl3"]
+    for family in ("qwen2_5vl", "qwen3vl"):
+        assert "<|object_ref_start|>blue chair<|object_ref_end|>" in text[family]
+
+
+def test_a_plan_can_keep_its_questions_as_written(hand_room):
+    plan = make_plan("left_right,is_position", per_task=8)
+    free, _ = generate_scene(hand_room, plan)
+    kept, _ = generate_scene(hand_room, replace(plan, wording=replace(plan.wording, formats=False)))
+    assert any(len(row["formats_ok"]) > 1 for row in free)
+    assert [row["messages"] for row in kept] == [row["messages"] for row in free]
+    for row in kept:
+        assert row["formats_ok"] == ([] if json.loads(row["marks"]) else [0])
