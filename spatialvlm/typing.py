@@ -69,7 +69,7 @@ class Batch(TypedDict, total=False):
     sample_index: Tensor
     """int64 ``[M]``: which sample of the pack a supervised position belongs to."""
     source_index: Tensor
-    """int64 ``[num_samples]``: index into the sorted source names, -1 = none."""
+    """int64 ``[num_samples]``: index into the sources in the order of ``data.sources``, -1 = none."""
     capability_index: Tensor
     """int64 ``[num_samples]``: index into the sorted capability names, -1 = none."""
     frames_u8: Tensor

@@ -16,9 +16,9 @@ class LossSums:
     """Numerators and denominators by source and capability, plus token accuracy.
 
     Args:
-        sources: Sorted source names (the ids of ``Batch.source_index``).
+        sources: Source names in the order of ``data.sources``, which ``Batch.source_index`` counts.
         families: Family of every source.
-        capabilities: Sorted capability names (the ids of ``Batch.capability_index``).
+        capabilities: Capability names, sorted, which ``Batch.capability_index`` counts.
         device: Where the sums live.
     """
 
