@@ -175,12 +175,16 @@ def parquet_to_arrow(source: Path, target: Path) -> None:
     """Write a parquet file as a memory-mappable Arrow file, once.
 
     Raises:
+        ConfigError: The file is damaged, or no parquet file.
         DataError: The disk is too small.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    file = pq.ParquetFile(source, memory_map=True)
+    try:
+        file = pq.ParquetFile(source, memory_map=True)
+    except pa.ArrowInvalid as error:
+        raise ConfigError(f"{source} is not a readable parquet file: {error}") from error
     groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
     need = sum(group.total_byte_size for group in groups)
     target.parent.mkdir(parents=True, exist_ok=True)

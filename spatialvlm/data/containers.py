@@ -65,7 +65,7 @@ class Container:
 def parse_json(data: bytes, path: Path, line: Callable[[], int]) -> Any:
     """Parse one row, or say where it is broken."""
     try:
-        return json.loads(data.decode())
+        return json.loads(data.decode().rstrip())  # a line break would move the error one line down
     except json.JSONDecodeError as error:
         around = error.doc[max(0, error.pos - 40) : error.pos + 40]
         raise DataError(

@@ -204,7 +204,7 @@ def _scan_part(
             uid = source.place(file, raw.row).uid(source.name)
             reason = samples.reason
             found.rejected[reason] += 1
-            found.first.setdefault(reason, uid)
+            found.first.setdefault(reason, f"{uid}, {samples}".rstrip("."))
             event = {"uid": uid, "file": source.files[file], "row": raw.row, "reason": reason}
             rejected_file.write(json.dumps(event | {"message": str(samples)}) + "\n")
             records.append(_rejected_record(raw, file, INDEX_REASONS.index(reason) + 1))

@@ -91,11 +91,11 @@ class Source:
     def format(self) -> Format:
         """The format, detected from the first rows when it is ``auto``."""
         if self._format == "auto":
-            rows = [
-                raw.value
-                for raw in islice(self.container(0).scan(), _DETECT_ROWS)
-                if not isinstance(raw.value, DataError)
-            ]
+            found = [raw.value for raw in islice(self.container(0).scan(), _DETECT_ROWS)]
+            rows = [value for value in found if not isinstance(value, DataError)]
+            if not rows:
+                what = str(found[0]) if found else f"{self.root / self.files[0]} holds no rows."
+                raise DataError(f"source {self.name}: {what}", reason="bad_json")
             self._format = detect(rows, f"source {self.name}, {self.files[0]}").name
         fmt = FORMATS[self._format]
         if fmt.shape == "referring":
@@ -234,9 +234,19 @@ class Source:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Only one process of the host at a time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    """Only one process of the host at a time.
+
+    Raises:
+        DataError: The folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise DataError(
+            f"cannot write to {path.parent}: {error}. Free space or point data.index_dir elsewhere."
+        ) from error
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

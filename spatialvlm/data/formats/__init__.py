@@ -210,7 +210,9 @@ def detect(rows: Iterable[Any], where: str) -> Format:
             )
     found = [fmt for name, fmt in FORMATS.items() if level[name] and name in sure]
     if not found:
-        raise ConfigError(f"{where}: no row to detect the format from; set format.")
+        raise ConfigError(
+            f"{where}: the first rows are no JSON objects, so the format cannot be detected; set format."
+        )
     shapes = {fmt.shape for fmt in found}
     if len(shapes) > 1:
         raise ConfigError(

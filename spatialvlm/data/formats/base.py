@@ -71,6 +71,8 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         sub = f".{self.sub}" if self.sub >= 0 else ""
+        if self.file.endswith(".jsonl"):  # one row per line, which editors count from 1
+            return f"{self.file}:{self.row + 1}" + (f" item {self.sub}" if sub else "")
         return f"row {self.row}{sub} of {self.file or self.stem}"
 
     def error(self, reason: str, text: str) -> DataError:

@@ -422,7 +422,7 @@ def test_rule_b_markers():
     ("row", "reason", "message"),
     [
         (talk(("u", "<image>" * 3), ("a", "!"), image=["a", "b"]), "marker_count",
-         'row 412 of d/rows.jsonl has 3 <image> markers and 2 images. Add the missing path to "image" or remove a marker.'),
+         'd/rows.jsonl:413 has 3 <image> markers and 2 images. Add the missing path to "image" or remove a marker.'),
         (talk(("u", "<image>"), ("a", "!"), image=["a", "b"]), "marker_count", "1 <image> marker and 2 images. Add a marker"),
         (talk(*QA, image=None), "marker_count", "1 <image> marker and 0 images"),
         (talk(("u", "<video><image>"), ("a", "!"), video="v.mp4"), "marker_count", "1 <image> marker and 0 images"),
@@ -453,7 +453,7 @@ def test_broken_rows(row, reason, message):
         read(row)
     assert caught.value.reason == reason
     assert message in str(caught.value)
-    assert str(caught.value).startswith("row 412 of d/rows.jsonl")
+    assert str(caught.value).startswith("d/rows.jsonl:413 ")
 
 
 def test_paths_are_relative_to_the_root():
@@ -505,7 +505,7 @@ def test_detection():
         name({"messages": []}, talk(*QA))
     with pytest.raises(ConfigError, match="formats of different shape: scanqa, sharegpt"):
         name(talk(*QA, answers=["a"], scene_id="x", question="q"))
-    with pytest.raises(ConfigError, match="no row to detect"):
+    with pytest.raises(ConfigError, match="no JSON objects"):
         name()
 
 

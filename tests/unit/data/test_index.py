@@ -14,7 +14,7 @@ from spatialvlm.data.formats import SourceAttrs
 from spatialvlm.data.index import FLAG_BLOCKED, FLAG_NO_ID, media_and_prefix_key
 from spatialvlm.data.index_build import build_index
 from spatialvlm.data.sources import Source
-from spatialvlm.errors import BudgetError, DataError
+from spatialvlm.errors import BudgetError, ConfigError, DataError
 from spatialvlm.scenes.blacklist import Blacklist, BlockList, find_ids
 
 
@@ -116,11 +116,36 @@ def test_tables_are_reused_until_files_or_options_change(make, tmp_path):
     assert later.content_key == content
 
 
+def test_files_without_a_single_row_say_what_is_in_them(tmp_path):
+    def fail(name, content, error, message):
+        (tmp_path / name).write_bytes(content)
+        source = Source(
+            SourceAttrs("s", "spatial"), files=[name], root=tmp_path, cache_dir=tmp_path
+        )
+        with pytest.raises(error, match=message):
+            build_index(source, tmp_path / "index")
+
+    fail("a.jsonl", b"hello\n", DataError, r"source s: a\.jsonl:1 column 1: Expecting value")
+    fail("b.jsonl", b'{"messages": [\n', DataError, r"source s: b\.jsonl:1 column 15")
+    fail("c.jsonl", b'{"a": "caf\xe9"}\n', DataError, r"source s: c\.jsonl:1: UnicodeDecodeError")
+    fail("d.jsonl", b"", DataError, r"d\.jsonl holds no rows")
+    fail("e.jsonl", b"[1, 2]\n", ConfigError, r"source s, e\.jsonl: .* no JSON objects")
+    fail("f.parquet", b"\0" * 99, ConfigError, r"f\.parquet is not a readable parquet file")
+
+
+def test_an_index_folder_that_cannot_be_written_is_named(make, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot write to .*file/index.*point data\.index_dir"):
+        build_index(make(), tmp_path / "file" / "index")
+
+
 def test_rejected_rows_are_listed_counted_and_bounded(make, tmp_path):
     rows = [talk(f"Q{i}?") for i in range(197)] + ["{oops", talk("Q?", ""), {"conversations": []}]
     source = make(rows)
     with pytest.raises(
-        BudgetError, match=r"3 of 200 rows were rejected.*bad_json 1 \(first: s/rows#197\)"
+        BudgetError,
+        match=r"3 of 200 rows were rejected.*bad_json 1 \(first: s/rows#197, rows\.jsonl:198 column 2: "
+        r".*empty_answer 1 \(first: s/rows#198, rows\.jsonl:199 has an empty answer",
     ):
         build_index(source, tmp_path / "index")
     index = build_index(source, tmp_path / "index", max_rejected_fraction=0.1)
