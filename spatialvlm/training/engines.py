@@ -198,7 +198,7 @@ class Ddp(_TorchEngine):
         if processes.size > 1:
             self.wrapped = nn.parallel.DistributedDataParallel(
                 model,
-                device_ids=[processes.device.index] if processes.device.type == "cuda" else None,
+                # No device_ids: they would move the tensors that the model reads on the host to the device again.
                 gradient_as_bucket_view=True,
                 forward_sync_buffers=False,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from spatialvlm.errors import NonFiniteError
 from spatialvlm.training.distributed import Processes, StepHeader
 from spatialvlm.training.guard import Guard
 from spatialvlm.training.metrics import Meter, PackSize, pack_size
@@ -72,6 +74,7 @@ class Recorder:
         self._first: int | None = None
         self._uids: list[list[str]] = []
         self._finite: list[Tensor] = []
+        self._ratio_finite: list[tuple[list[str], Tensor]] = []
         self._window: list[tuple[int, list[list[str]]]] = []
         self._shares: dict[str, dict[str, float]] = {}
         self._epochs: dict[str, float] = {}
@@ -122,6 +125,7 @@ class Recorder:
         """One micro-step is done."""
         self.meter.sums.add(out, batch)
         self._finite.append(torch.isfinite(out.loss_sum.detach()))
+        self._ratio_finite.append((batch["uids"], torch.isfinite(out.geometry_norm_ratio).all()))
 
     def end_step(
         self,
@@ -135,7 +139,7 @@ class Recorder:
         """The step is over (``state.step`` counts it); writes a log line when one is due.
 
         Raises:
-            NonFiniteError: A skipped step left or found a non-finite weight.
+            NonFiniteError: The geometry branch gave NaN or Inf since the line before; names the samples.
         """
         done = state.step - 1
         if self._first is None:
@@ -161,6 +165,7 @@ class Recorder:
         self, state: TrainState, lrs: Mapping[str, float], norms: Mapping[str, Tensor] | None
     ) -> None:
         scalars, losses = self.meter.read(state.step, lrs=lrs, norms=norms)
+        self._check_geometry(scalars)
         self._spikes(state, losses, scalars)
         scalars["spikes"] = float(state.spikes)
         state.wall_s += time.perf_counter() - self._started
@@ -184,6 +189,22 @@ class Recorder:
         if self.processes.is_main:
             self.folder.heartbeat()
             self.folder.record(state="running", step=state.step)
+
+    def _check_geometry(self, scalars: Mapping[str, float]) -> None:
+        """A frozen encoder gives the same NaN in every epoch, so skipping such a step would not help."""
+        window, self._ratio_finite = self._ratio_finite, []
+        ratio = scalars.get("geometry/norm_ratio", 0.0)
+        if math.isfinite(ratio):
+            return
+        gathered = self.processes.gather([uids for uids, finite in window if not bool(finite)])
+        packs = [
+            f"{uids[:8]} on rank {rank}" for rank, found in enumerate(gathered) for uids in found
+        ]
+        raise NonFiniteError(
+            f"geometry/norm_ratio is {ratio} in steps {self._window[0][0]}-{self._window[-1][0]}: geometry encoder, "
+            f"vision encoder or fusion gave NaN or Inf for samples {'; '.join(packs[:4])}. Look at their frames, remove their entries "
+            "from geometry.cache.dir, set geometry.precision to fp32, or lower optim.geometry_lr."
+        )
 
     def _spikes(self, state: TrainState, losses: list[float], scalars: Mapping[str, float]) -> None:
         norms = {

@@ -12,7 +12,7 @@ from spatialvlm.training.checkpoint import CheckpointStore, Snapshot, checkpoint
 from spatialvlm.training.distributed import Processes, StepHeader, exchange
 from spatialvlm.training.engines import make_engine
 from spatialvlm.training.guard import Guard
-from spatialvlm.training.loop import Fetcher, Run, train
+from spatialvlm.training.loop import HOST_READ, Fetcher, Run, to_device, train
 from spatialvlm.training.loss import LossSums
 from spatialvlm.training.metrics import Meter, pack_size
 from spatialvlm.training.optim import make_schedule
@@ -22,7 +22,7 @@ from spatialvlm.training.signals import StopFlag
 from spatialvlm.training.state import RunFolder, TrainState
 from spatialvlm.training.trackers import JsonLines, Trackers
 from spatialvlm.training.watchdog import Heartbeat, Watchdog, diagnose
-from spatialvlm.typing import CostCoefficients
+from spatialvlm.typing import Batch, CostCoefficients
 from tests.unit.training.fakes import FakeLoader, FakeVLM, make_batch, prepare
 
 ONE = Processes(0, 1, torch.device("cpu"))
@@ -133,6 +133,36 @@ def test_an_infinite_weight_is_named(tmp_path):
         NonFiniteError, match=r"First bad output: layers\.1.*\['layers\.1\.linear\.weight'\]"
     ):
         bench.train()
+
+
+def test_nan_from_the_geometry_branch_ends_the_run_at_the_log_line(tmp_path, monkeypatch):
+    bench = Bench(tmp_path, FakeLoader(), steps=12)
+    plain = FakeVLM.forward
+
+    def forward(self, batch):
+        value = float("nan") if batch["uids"] == ["fake#602"] else 0.5
+        return plain(self, batch)._replace(geometry_norm_ratio=torch.tensor([value, 1.0]))
+
+    monkeypatch.setattr(FakeVLM, "forward", forward)
+    with pytest.raises(
+        NonFiniteError, match=r"nan in steps 5-7: .* samples \['fake#602'\] on rank 0\. Look"
+    ):
+        bench.train()
+    assert bench.state.step == 8
+    assert bench.lines()[-1]["geometry/norm_ratio"] == 0.5
+    assert bench.lines()[-1]["step"] == 4
+
+
+def test_tensors_read_on_the_host_stay_there():
+    batch = make_batch(0)
+    moved = to_device(batch, torch.device("meta"))
+    stayed = {k for k, v in moved.items() if isinstance(v, torch.Tensor) and v.device.type == "cpu"}
+    assert stayed == HOST_READ & set(batch) == {
+        "segment_start", "segment_len", "segment_parent", "media_grid_thw",
+    }  # fmt: skip
+    assert moved["uids"] is batch["uids"]
+    assert set(Batch.__annotations__) >= HOST_READ
+    assert to_device(batch, torch.device("cpu")) is batch
 
 
 def test_steps_without_labels_are_counted_not_trained(tmp_path):
