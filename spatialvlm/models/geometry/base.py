@@ -134,14 +134,26 @@ class GeometryEncoder(nn.Module, ABC):
                 yield indices[start : start + size]
 
     def resolve_layers(self, layers: Iterable[int]) -> tuple[int, ...]:
-        """Layer indices counted from the first layer, ascending."""
+        """Layer indices counted from the first layer, ascending.
+
+        Raises:
+            ConfigError: The encoder has no such layer, or one is named twice.
+        """
         layers = tuple(layers)
         if not layers or any(not -self.num_layers <= k < self.num_layers for k in layers):
             raise ConfigError(
                 f"geometry.layers={list(layers)}: {self.name} has layers "
                 f"{-self.num_layers}..{self.num_layers - 1}"
             )
-        return tuple(sorted({k % self.num_layers for k in layers}))
+        known: dict[int, int] = {}
+        for k in layers:
+            if k % self.num_layers in known:
+                raise ConfigError(
+                    f"geometry.layers={list(layers)}: {known[k % self.num_layers]} and {k} are the same of the "
+                    f"{self.num_layers} layers of {self.name}; name it once"
+                )
+            known[k % self.num_layers] = k
+        return tuple(sorted(known))
 
     def train(self: EncoderT, mode: bool = True) -> EncoderT:  # noqa: ARG002  (an outer model.train() must not reach in)
         """Stay in eval mode."""

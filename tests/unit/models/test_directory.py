@@ -67,6 +67,25 @@ def test_stage_two_starts_from_stage_one(rig, tiny_vggt, tmp_path):
         assert torch.equal(tensor, projector[name])
 
 
+def test_a_layer_named_twice_is_refused(rig, tiny_vggt):
+    folder = rig("qwen3vl").folder
+    layers = SpatialVLM.from_pretrained(
+        folder, geometry=_section(tiny_vggt, (0,))
+    ).geometry.encoder.num_layers
+    with pytest.raises(
+        ConfigError, match=rf"{layers - 1} and -1 are the same of the {layers} layers of vggt"
+    ):
+        SpatialVLM.from_pretrained(folder, geometry=_section(tiny_vggt, (layers - 1, -1)))
+    with pytest.raises(ConfigError, match="name it once"):
+        build_layout(folder, GeometryConfig(source=str(tiny_vggt), layers=(0, 0)))
+
+
+def _section(source, layers):
+    return GeometryConfig(source=str(source), layers=layers, precision="fp32").model_dump(
+        mode="json"
+    )
+
+
 def test_gathered_weights_and_dtype_can_be_given(rig, tmp_path):
     bench = rig("qwen3vl", {})
     state = {name: torch.zeros_like(tensor) for name, tensor in bench.model.state_dict().items()}
