@@ -4,8 +4,8 @@
         --tasks left_right,front_behind,dist_abs --workers 2 --seed 0
 
 ``--tasks`` takes task ids, ``all``, or a YAML file (``configs/synthesis/``). The rows are the same for
-any executor, number of workers and sharding; a killed run continues where it stopped. Rejected
-candidates are counted by task and reason.
+any executor, number of workers and sharding; a killed run continues where it stopped, ``--overwrite``
+starts over. Rejected candidates are counted by task and reason.
 """
 
 from __future__ import annotations
@@ -71,7 +71,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--allow-split", nargs="+", help="splits of imported scenes to use (default: train)"
     )
     parser.add_argument("--max-failed", type=float, default=0.01)
-    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="start over: remove the parts of earlier runs in --out (with --shard: those of the shard and of other "
+        "plans). Leave it out to continue an interrupted run",
+    )
     parser.add_argument("--dry-run", action="store_true", help="count only, write nothing")
     parser.add_argument("--balance", type=Path, metavar="DIR", help="write evened-out rows to DIR")
     parser.add_argument("--export", choices=("sharegpt", "messages", "webdataset"))

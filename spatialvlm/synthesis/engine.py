@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import resource
 import time
 import traceback
@@ -33,6 +35,7 @@ from spatialvlm.synthesis.rows import CONTAMINATED, GEN_VERSION, compact_json
 from spatialvlm.synthesis.twins import base_of, counterfactual_rows
 from spatialvlm.synthesis.wording import PhraseBook, default_book
 
+_PART = re.compile(r"part-\d{5}-of-\d{5}")
 MAX_FAILED = 0.01
 """Share of scenes that may fail before a run stops."""
 SCENE_FAILURES = (SpatialVLMError, ArithmeticError, LookupError, ValueError, OSError)
@@ -106,7 +109,7 @@ def synthesize(
         workers: Processes.
         shard: ``(i, n)``: only parts with index i modulo n.
         limit: Only the first so many scenes.
-        overwrite: Replace rows of another plan.
+        overwrite: Start over: remove rows of other plans and all parts of this shard first.
         blocked: Scene ids to skip; they are counted and listed.
         allow_blocked: Use them and tag their rows ``contaminated``.
         dry_run: Count only, write nothing.
@@ -130,7 +133,9 @@ def synthesize(
     todo = []
     if not dry_run:
         out.mkdir(parents=True, exist_ok=True)
-        _check_plan(out, plan, overwrite)
+        if overwrite:
+            _start_over(out, plan, {part.stem for part in parts}, every_part=count == 1)
+        _check_plan(out, plan)
     for part in parts:
         sidecar = None if dry_run else finished_sidecar(out, part)
         if sidecar is not None and sidecar["config_hash"] == plan.config_hash:
@@ -227,25 +232,38 @@ def _add(summary: Summary, sidecar: dict[str, Any]) -> None:
             summary.counters[task, reason] += count
 
 
-def _check_plan(out: Path, plan: SynthesisPlan, overwrite: bool) -> None:
-    """Refuse a folder that holds rows of another plan, or clear it.
+def _start_over(out: Path, plan: SynthesisPlan, own: set[str], *, every_part: bool) -> None:
+    """Remove parts of earlier runs, and nothing else; finished parts of other shards of this plan stay."""
+    for path in sorted(out.glob("part-*-of-*.parquet")) + sorted(out.glob("part-*-of-*.json")):
+        if _PART.fullmatch(path.stem) is None:
+            continue
+        sidecar = path.with_suffix(".json")
+        if every_part or path.stem in own or _hash_of(sidecar) not in (None, plan.config_hash):
+            path.with_suffix(".parquet").unlink(missing_ok=True)
+            sidecar.unlink(missing_ok=True)
+
+
+def _hash_of(sidecar: Path) -> str | None:
+    """Configuration hash of a part, ``None`` while it is not finished."""
+    if not sidecar.is_file():
+        return None
+    value: str | None = json.loads(sidecar.read_text(encoding="utf-8")).get("config_hash")
+    return value
+
+
+def _check_plan(out: Path, plan: SynthesisPlan) -> None:
+    """Refuse a folder that holds rows of another plan.
 
     Raises:
-        ConfigError: Another configuration hash, without ``overwrite``.
+        ConfigError: Another configuration hash.
     """
-    import json
-
     for path in sorted(out.glob("part-*.json")):
-        other = json.loads(path.read_text(encoding="utf-8")).get("config_hash")
-        if other == plan.config_hash:
-            continue
-        if not overwrite:
+        other = _hash_of(path)
+        if other != plan.config_hash:
             raise ConfigError(
                 f"{out} holds rows of another plan ({other}, this one is {plan.config_hash}). "
                 "Choose another folder or pass --overwrite."
             )
-        path.with_suffix(".parquet").unlink(missing_ok=True)
-        path.unlink()
     (out / "_SUCCESS").unlink(missing_ok=True)
     values = {"plan": plan_record(plan), "config_hash": plan.config_hash, "version": __version__}
     write_text(out / "plan.json", compact_json(values))
@@ -265,8 +283,6 @@ def merge_manifest(out: Path, expected_parts: int | None = None) -> dict[str, An
         out: Folder of the rows.
         expected_parts: Number of parts of the whole run; ``None`` reads it from the file names.
     """
-    import json
-
     files = sorted(out.glob("part-*-of-*.json"))
     if expected_parts is None:
         expected_parts = int(files[0].stem.rpartition("-")[2]) if files else 0

@@ -89,6 +89,33 @@ def test_rows_of_another_plan_are_not_mixed_in(scenes, tmp_path):
     assert tasks == {"locate_cell"}
 
 
+def test_overwrite_starts_over_and_leaves_other_files_alone(scenes, tmp_path):
+    plan = make_plan("left_right")
+    synthesize(scenes, tmp_path, plan, executor="serial")
+    expected = digests(tmp_path)
+    damaged = tmp_path / "part-00001-of-00005.json"
+    damaged.write_text(damaged.read_text().replace('"rows": ', '"rows": 9'))
+    strangers = [tmp_path / name for name in ("part-notes.parquet", "notes.json", "rows.parquet")]
+    for path in strangers:
+        path.write_text("mine")
+    (tmp_path / "part-00007-of-00009.parquet").write_text("left behind by a killed run")
+    assert synthesize(scenes, tmp_path, plan, executor="serial").skipped_parts == 5
+    again = synthesize(scenes, tmp_path, plan, executor="serial", overwrite=True)
+    assert (again.parts, again.skipped_parts) == (5, 0)
+    assert [path.read_text() for path in strangers] == ["mine"] * 3
+    assert {k: v for k, v in digests(tmp_path).items() if "-of-" in k} == expected
+    assert '"rows": 9' not in damaged.read_text()
+
+
+def test_overwrite_of_a_shard_keeps_the_other_shards(scenes, tmp_path):
+    plan = make_plan("left_right")
+    for index in (0, 1):
+        synthesize(scenes, tmp_path, plan, executor="serial", shard=(index, 2), overwrite=True)
+    assert (tmp_path / "_SUCCESS").exists()
+    again = synthesize(scenes, tmp_path, plan, executor="serial")
+    assert again.skipped_parts == 5
+
+
 def test_rows_follow_the_schema(scenes, tmp_path):
     synthesize(scenes, tmp_path, make_plan(TASKS), executor="serial")
     table = pq.read_table(sorted(tmp_path.glob("*.parquet"))[0])
