@@ -9,6 +9,11 @@ class SpatialVLMError(Exception):
     """Base of every error this package raises on purpose."""
 
 
+USER_ERRORS = (SpatialVLMError, OSError)
+"""What a command answers with one line instead of a traceback: our errors, and files that cannot be read or
+written (the text of an OSError names the path)."""
+
+
 class ConfigError(SpatialVLMError):
     """A YAML file, an override, or a combination of settings is wrong."""
 

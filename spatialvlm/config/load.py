@@ -53,7 +53,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        msg = f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8: iconv -t UTF-8."
+        raise ConfigError(msg) from error
+    except OSError as error:
         msg = f"cannot read {path}: {error}. Pass the path of a YAML recipe, e.g. configs/tiny/stage1_qwen3vl.yaml."
         raise ConfigError(msg) from error
     return parse_yaml(text, where=str(path))

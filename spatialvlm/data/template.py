@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from spatialvlm.data.sample import Role, Turn
-from spatialvlm.errors import ConfigError
+from spatialvlm.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -376,10 +376,20 @@ def read_chat_template(folder: Path, tokenizer: Any) -> str:
 
 
 def load_processor(directory: str | Path) -> Any:
-    """The checkpoint's own processor; only its sizes are read."""
+    """The checkpoint's own processor; only its sizes are read.
+
+    Raises:
+        CheckpointError: Its files are missing or damaged.
+    """
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(str(directory))
+    try:
+        return AutoProcessor.from_pretrained(str(directory))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory} has no usable processor ({str(error).splitlines()[0][:160]}); copy preprocessor_config.json "
+            "and its neighbours from the released checkpoint."
+        ) from error
 
 
 def probe_conversations() -> Iterator[tuple[list[Turn], list[str]]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spatialvlm.config import TrainConfig, load_config
-from spatialvlm.errors import ConfigError, DataError, NonFiniteError, SpatialVLMError
+from spatialvlm.errors import USER_ERRORS, ConfigError, DataError, NonFiniteError
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def parse_arguments(doc: str | None, argv: Sequence[str] | None = None) -> Argum
         action="store_true",
         help="print what would be trained and what it needs, then exit",
     )
-    found = parser.parse_args(argv)
+    found = parser.parse_intermixed_args(argv)  # overrides may follow --dry-run
     return Arguments(found.config, tuple(found.overrides), found.dry_run)
 
 
@@ -56,7 +56,7 @@ def load_recipe(arguments: Arguments, stage: int) -> TrainConfig:
     return config
 
 
-def exit_code(error: SpatialVLMError) -> int:
+def exit_code(error: Exception) -> int:
     """Exit code of an error a user can meet."""
     if isinstance(error, ConfigError):
         return 2
@@ -90,7 +90,7 @@ def run_recipe(
             dry_run(config)
         else:
             train(config, arguments)
-    except SpatialVLMError as error:
+    except USER_ERRORS as error:
         sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
         if config is not None and not arguments.dry_run:
             _record_failure(Path(config.run.dir), error)
@@ -98,13 +98,18 @@ def run_recipe(
     return 0
 
 
-def _record_failure(run_dir: Path, error: SpatialVLMError) -> None:
+def _record_failure(run_dir: Path, error: Exception) -> None:
     """A run that had started says why it ended; a refused start leaves another run's record alone."""
     path = run_dir / "run.json"
     if not path.is_file():
         return
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if record.get("state") == "running" and record.get("owner") == owner():
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # not written by this launch, whose files are never half written
+    if not isinstance(record, dict) or record.get("owner") != owner():
+        return
+    if record.get("state") == "running":
         record |= {"state": "failed", "reason": f"{type(error).__name__}: {error}"}
         path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

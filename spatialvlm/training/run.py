@@ -317,7 +317,13 @@ def check_base(config: TrainConfig) -> tuple[Path, dict[str, Any]]:
 
 def _check_backbone(config: TrainConfig, path: Path) -> None:
     expected = backbone_config(config.model.backbone).get("model_type")
-    found = json.loads((path / "config.json").read_text()).get("model_type")
+    try:
+        found = dict(json.loads((path / "config.json").read_text(encoding="utf-8"))).get(
+            "model_type"
+        )
+    except (ValueError, TypeError) as error:
+        msg = f"{path / 'config.json'} is no model configuration ({error}); download or export the model again."
+        raise CheckpointError(msg) from error
     if expected != found:
         raise ConfigError(
             f"model.init_from={path} is a {found!r} model, model.backbone={config.model.backbone} a {expected!r}. "

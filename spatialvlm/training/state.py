@@ -156,9 +156,10 @@ class RunFolder:
         previous: dict[str, Any] = {}
         if record_path.is_file():
             try:
-                previous = json.loads(record_path.read_text())
-            except json.JSONDecodeError as error:
-                msg = f"{record_path} is not valid JSON ({error}); move it away or choose another run.dir."
+                previous = dict(json.loads(record_path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                self.unlock()
+                msg = f"{record_path} is no record of a run ({error}); move it away or choose another run.dir."
                 raise LaunchError(msg) from error
         self._record = dict(previous)
         return previous
@@ -168,8 +169,8 @@ class RunFolder:
         me = {"host": socket.gethostname(), "pid": os.getpid()}
         if path.is_file():
             try:
-                other = json.loads(path.read_text())
-            except json.JSONDecodeError:
+                other = dict(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError):
                 other = {}
             age = time.time() - path.stat().st_mtime
             same_host = other.get("host") == me["host"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -96,6 +97,57 @@ def test_wrong_surroundings(run, recipe, tmp_path, monkeypatch, overrides, code,
         assert json.loads(record.read_text())["state"] == "failed"
 
 
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe"])
+def test_files_that_hold_something_else_are_named(
+    run, recipe, tmp_path, tiny_checkpoint, content, capsys
+):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.json").write_bytes(content)
+    assert run(1, recipe(1, "qwen3vl"), f"run.dir={folder}") == 1
+    assert f"{folder / 'run.json'} is no record of a run" in capsys.readouterr().err
+    assert (folder / "run.json").read_bytes() == content
+    assert not (folder / "lock").exists()
+    model = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint("qwen3vl"), model)
+    (model / "config.json").write_bytes(content)
+    overrides = [f"run.dir={tmp_path / 'other'}", f"model.init_from={model}"]
+    assert run(1, recipe(1, "qwen3vl"), *overrides) == 1
+    assert f"{model / 'config.json'} is no model configuration" in capsys.readouterr().err
+
+
+def test_a_model_without_its_processor_and_a_folder_that_cannot_be_written(
+    run, recipe, tmp_path, tiny_checkpoint, capsys
+):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint("qwen3vl"), model)
+    for file in model.glob("*processor*"):
+        file.unlink()
+    here = f"run.dir={tmp_path / 'run'}"
+    assert run(1, recipe(1, "qwen3vl"), here, f"model.init_from={model}") == 1
+    assert f"{model} has no usable processor" in capsys.readouterr().err
+    (tmp_path / "run" / "config.resolved.yaml").unlink()
+    (tmp_path / "run" / "data.json").mkdir()  # in the place of a file
+    assert run(1, recipe(1, "qwen3vl"), here) == 1
+    assert "data.json" in capsys.readouterr().err.splitlines()[-1]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "failed"
+
+
+def test_broken_rows_and_wrong_marker_counts_name_file_and_line(
+    run, recipe, rows, tmp_path, capsys
+):
+    good = (rows / "spatial.jsonl").read_text().splitlines()
+    without_image = json.dumps({k: v for k, v in json.loads(good[1]).items() if k != "images"})
+    (rows / "broken.jsonl").write_text(
+        "\n".join([*good[:4], '{"messages": [', without_image]) + "\n"
+    )
+    overrides = [f"run.dir={tmp_path / 'run'}", "data.sources.0.files=[broken.jsonl]"]
+    assert run(1, recipe(1, "qwen3vl"), *overrides) == 3
+    message = capsys.readouterr().err
+    assert "broken.jsonl:5 column 15: Expecting value" in message
+    assert "broken.jsonl:6 has 1 <image> marker and 0 images" in message
+
+
 def test_pickled_weights_are_refused(recipe, tmp_path, tiny_checkpoint):
     folder = tmp_path / "model"
     folder.mkdir()
@@ -165,6 +217,7 @@ def test_ranks_that_differ_are_listed():
 def test_command_line_and_exit_codes():
     found = parse_arguments(None, ["a.yaml", "x=1", "y=2", "--dry-run"])
     assert (found.overrides, found.dry_run) == (("x=1", "y=2"), True)
+    assert parse_arguments(None, ["a.yaml", "--dry-run", "x=1", "y=2"]) == found  # in any order
     with pytest.raises(SystemExit):
         parse_arguments(
             None, ["a.yaml", "--dry"]
