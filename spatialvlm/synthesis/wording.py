@@ -160,14 +160,20 @@ class Wording:
     """Store masks of named objects, so that loaders can draw them (formats with view V3)."""
     marks: float = 0.5
     """Share of questions about marked objects among tasks that may use marks."""
-    formats: bool = True
+    formats: bool | None = None
     """Let training show questions about images in the instruction formats of InternSpatial, another one in
-    every epoch; ``False`` keeps them as written, so that all questions about an image share its prefix."""
+    every epoch; ``False`` keeps them as written, so that all questions about an image share its prefix;
+    ``None`` = only where ``marks`` is above 0."""
+
+    @property
+    def varies_formats(self) -> bool:
+        """``formats``, resolved."""
+        return self.marks > 0 if self.formats is None else self.formats
 
     @classmethod
     def plain(cls) -> Wording:
         """One short wording per question, for models that learn to read from nothing."""
-        return cls(paraphrases=1, hints=False, colours=True, marks=0.0, formats=False)
+        return cls(paraphrases=1, hints=False, colours=True, marks=0.0)
 
 
 class PhraseBook:

@@ -354,7 +354,7 @@ class Writer:
     def _formats(self, slots: Sequence[dict[str, Any]]) -> list[int]:
         if self.media != "images":
             return [0]
-        if not self.wording.formats:
+        if not self.wording.varies_formats:
             return [] if self.marks else [0]
         named = {record["obj"] for record in self.marks if "obj" in record}
         free_marks = len(self.marks) > len(named)

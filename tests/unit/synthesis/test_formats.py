@@ -223,9 +223,16 @@ def test_every_backbone_family_has_a_dialect():
 
 def test_a_plan_can_keep_its_questions_as_written(hand_room):
     plan = make_plan("left_right,is_position", per_task=8)
-    free, _ = generate_scene(hand_room, plan)
-    kept, _ = generate_scene(hand_room, replace(plan, wording=replace(plan.wording, formats=False)))
-    assert any(len(row["formats_ok"]) > 1 for row in free)
-    assert [row["messages"] for row in kept] == [row["messages"] for row in free]
-    for row in kept:
+    rows = {}
+    for name, wording in (
+        ("varied", plan.wording),
+        ("kept", replace(plan.wording, formats=False)),
+        ("unmarked", replace(plan.wording, marks=0.0)),
+        ("asked for", replace(plan.wording, marks=0.0, formats=True)),
+    ):
+        rows[name], _ = generate_scene(hand_room, replace(plan, wording=wording))
+    for name in ("varied", "asked for"):
+        assert any(len(row["formats_ok"]) > 1 for row in rows[name])
+    assert [row["messages"] for row in rows["kept"]] == [row["messages"] for row in rows["varied"]]
+    for row in rows["kept"] + rows["unmarked"]:
         assert row["formats_ok"] == ([] if json.loads(row["marks"]) else [0])
