@@ -21,14 +21,15 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from spatialvlm.config.evaluation import EvalConfig
 from spatialvlm.config.load import dump_yaml, load_config
-from spatialvlm.errors import ConfigError, DataError, EvaluationError, SpatialVLMError
+from spatialvlm.errors import USER_ERRORS, ConfigError, DataError, EvaluationError
 from spatialvlm.evaluation.build import open_benchmarks
-from spatialvlm.evaluation.predictions import read_predictions
+from spatialvlm.evaluation.predictions import read_manifest, read_predictions
 from spatialvlm.evaluation.report import text_table, write_report
 from spatialvlm.evaluation.schema import Benchmark
 from spatialvlm.evaluation.scoring import Result, score, write_result
@@ -40,8 +41,6 @@ def score_folder(
     """Score ``predictions.jsonl`` and write the benchmark's results."""
     section = config.evaluation
     predictions, _ = read_predictions(folder / "predictions.jsonl")
-    manifest_path = folder / "manifest.json"
-    manifest = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
     result = score(
         benchmark,
         predictions,
@@ -50,7 +49,7 @@ def score_folder(
         section.seed,
         allow_partial=partial,
         strip_think=section.strip_think,
-        manifest=manifest,
+        manifest=read_manifest(folder),
     )
     write_result(result, folder)
     write_report([folder], folder / "report.html")
@@ -170,10 +169,10 @@ def main(config: EvalConfig, overrides: Sequence[str]) -> int:
     section = config.evaluation
     benchmarks = {found.spec.name: found for found in open_benchmarks(section)}
     folder = Path(config.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
     asker = None if section.score_only else Asker(config)
     main_process = asker is None or asker.processes.is_main
     if main_process:
-        folder.mkdir(parents=True, exist_ok=True)
         write_state(folder, "running")
         (folder / "config.resolved.yaml").write_text(dump_yaml(config), encoding="utf-8")
         if asker is not None:
@@ -222,7 +221,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         config = load_config(arguments.config, arguments.overrides, EvalConfig)
         folder = Path(config.run.dir)
         return main(config, arguments.overrides)
-    except SpatialVLMError as error:
+    except USER_ERRORS as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         note_end(folder, "failed", f"{type(error).__name__}: {error}")
         return 2 if isinstance(error, ConfigError) else 3 if isinstance(error, DataError) else 1
@@ -235,7 +234,8 @@ def note_end(folder: Path | None, state: str, reason: str) -> None:
     """Say in ``run.json`` why a run that had begun did not finish."""
     begun = folder is not None and (folder / "run.json").is_file()
     if begun and folder is not None and os.environ.get("RANK", "0") == "0":
-        write_state(folder, state, reason)
+        with suppress(OSError):  # a full disk may be why
+            write_state(folder, state, reason)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-from spatialvlm.errors import SpatialVLMError
-from spatialvlm.evaluation.predictions import read_predictions
+from spatialvlm.errors import USER_ERRORS
+from spatialvlm.evaluation.predictions import read_manifest, read_predictions
 from spatialvlm.evaluation.prompts import MEDIA_MODES, build_messages
 from spatialvlm.evaluation.registry import BENCHMARKS, check_media, load_benchmark
 from spatialvlm.evaluation.schema import PROTOCOLS
@@ -27,8 +27,7 @@ def _score(args: argparse.Namespace) -> None:
         args.bench, args.data, media_root=args.media_root, ids=ids, strict=args.strict
     )
     predictions, warnings = read_predictions(args.pred, style=args.format)
-    manifest_path = Path(args.pred[0]).with_name("manifest.json")
-    manifest = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
+    manifest = read_manifest(Path(args.pred[0]).parent)
     result = score(
         benchmark,
         predictions,
@@ -173,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         args.run(args)
-    except SpatialVLMError as error:
+    except USER_ERRORS as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -17,8 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from spatialvlm.errors import ConfigError, DataError, EvaluationError, OutOfMemoryError
-from spatialvlm.evaluation.predictions import Key, read_predictions, write_predictions
+from spatialvlm.errors import BudgetError, ConfigError, DataError, EvaluationError, OutOfMemoryError
+from spatialvlm.evaluation.predictions import (
+    Key,
+    read_manifest,
+    read_predictions,
+    write_predictions,
+)
 from spatialvlm.evaluation.prompts import Messages, build_messages, derangement
 from spatialvlm.evaluation.schema import Benchmark, Item
 
@@ -202,7 +207,7 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool
     """
     path = folder / "manifest.json"
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = {} if overwrite else read_manifest(folder)
         ignored = {"world_size", "git_commit", "package_version", "batch_size"}
         now = json.loads(json.dumps(manifest, default=str))
         differing = [
@@ -333,7 +338,7 @@ def answer(
         Number of items answered now.
 
     Raises:
-        EvaluationError: Too many unreadable items; the message lists them.
+        BudgetError: Too many unreadable items; the message lists them.
         OutOfMemoryError: Also with the smallest batch.
     """
     done = finished(folder)
@@ -371,7 +376,7 @@ def answer(
                 else:
                     ready.append((group, prepared))
             if len(failures) > budget:
-                raise EvaluationError(
+                raise BudgetError(
                     f"{len(failures)} of {len(asks)} items of {benchmark.spec.name} cannot be read (allowed: "
                     f"{budget}, evaluation.max_failures={max_failures}):\n  "
                     + "\n  ".join(failures[:20])

@@ -73,6 +73,24 @@ def _lmms_row(row: Any, place: str) -> dict[str, Any]:
         ) from None
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """How the answers of a folder were made; ``{}`` without a ``manifest.json``.
+
+    Raises:
+        DataError: The file holds something else.
+    """
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{path} is no manifest ({error}). Answer again with run.overwrite=true, or remove it to score the "
+            "predictions without knowing how they were made."
+        ) from error
+
+
 def read_predictions(
     paths: str | Path | Sequence[str | Path], *, style: str = "jsonl", resuming: bool = False
 ) -> tuple[dict[Key, Prediction], list[str]]:

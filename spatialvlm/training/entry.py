@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,8 +111,11 @@ def _record_failure(run_dir: Path, error: Exception) -> None:
     if not isinstance(record, dict) or record.get("owner") != owner():
         return
     if record.get("state") == "running":
+        from spatialvlm.training.state import write_json
+
         record |= {"state": "failed", "reason": f"{type(error).__name__}: {error}"}
-        path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        with suppress(OSError):  # a full disk may be why; the old record stays whole
+            write_json(path, record)
 
 
 def owner() -> str:

@@ -204,6 +204,19 @@ def test_bad_settings(change, code, message, recipe, rows, tmp_path, capsys):
     assert (found, message in capsys.readouterr().err) == (code, True)
 
 
+def test_a_folder_that_holds_something_else(recipe, rows, tmp_path, capsys):
+    folder = tmp_path / "run" / "spatialvlm_rows"
+    folder.mkdir(parents=True)
+    (folder / "predictions.jsonl").write_text('{"id": "q00", "prediction": "x"}\n')
+    (folder / "manifest.json").write_text("{")
+    change = ["evaluation.score_only=true", "evaluation.limit=1"]
+    assert recipe(arguments(rows, tmp_path, tmp_path / "run", *change)) == 3
+    assert f"{folder / 'manifest.json'} is no manifest" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert recipe(arguments(rows, tmp_path, tmp_path / "file", *change)) == 1
+    assert f"File exists: '{tmp_path / 'file'}'" in capsys.readouterr().err
+
+
 @pytest.mark.smoke
 def test_two_processes_give_the_same_file(recipe, rows, tiny_checkpoint, tmp_path):
     checkpoint = tiny_checkpoint("qwen3vl")

@@ -29,6 +29,7 @@ from spatialvlm.evaluation.schema import (
     Verdict,
     choice_gold,
     cluster_of,
+    number_gold,
     present,
 )
 
@@ -61,6 +62,7 @@ def _parse(row: Row, item_id: str) -> Item:
     )
     if unscored:
         return Item(item_id, "unscored", None, task, cluster, row=row)
+    _check_markers(row, item_id)
     answer = _json(row, "answer_json", item_id)
     options: dict[str, str] = {}
     gold: Any = answer
@@ -71,7 +73,7 @@ def _parse(row: Row, item_id: str) -> Item:
             LETTERS[index] if 0 <= index < len(LETTERS) else str(index), options, item_id
         )
     elif kind == "number":
-        gold = float(answer)
+        gold = number_gold(answer, item_id)
     elif kind == "coord":
         values = (_json(row, "evidence", item_id) or {}).get("values", {})
         gold = {"cell": list(answer), "xy": values.get("target_xy")}
@@ -173,6 +175,16 @@ def _media(row: Row) -> tuple[Media, ...]:
         names = tuple(PurePosixPath(path).name for path in paths)
         return (Media("video", folder, names, tuple(row.get("frame_times_s") or ())),)
     return tuple(Media("image", path) for path in paths)
+
+
+def _check_markers(row: Row, item_id: str) -> None:
+    marker = "<video>" if row.get("media_kind") == "video" else "<image>"
+    asked = [str(m["content"]) for m in row["messages"] if m["role"] == "user"]
+    markers, media = sum(text.count(marker) for text in asked), len(_media(row))
+    if markers != media:
+        raise DataError(
+            f"item {item_id} has {markers} {marker} markers and {media} media. Add what is missing, or remove the rest."
+        )
 
 
 def _marks(row: Row) -> list[dict[str, Any]]:

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from spatialvlm.errors import ConfigError, DataError, EvaluationError, MediaError, OutOfMemoryError
+from spatialvlm.errors import (
+    BudgetError,
+    ConfigError,
+    DataError,
+    EvaluationError,
+    MediaError,
+    OutOfMemoryError,
+)
 from spatialvlm.evaluation import generate as gen
 from spatialvlm.evaluation.predictions import read_predictions
 from spatialvlm.evaluation.registry import load_benchmark
@@ -155,7 +162,7 @@ def test_unreadable_media_are_retried_recorded_and_limited(bench, tmp_path):
     failed = [p for p in predictions.values() if p.error]
     assert [p.id for p in failed] == ["q08", "q09", "q10", "q11"]
     assert {p.text for p in failed} == {""}
-    with pytest.raises(EvaluationError, match=r"4 of 24 items[\s\S]*max_failures=0.005[\s\S]*q08"):
+    with pytest.raises(BudgetError, match=r"4 of 24 items[\s\S]*max_failures=0.005[\s\S]*q08"):
         answer(bench, asks, Fake(broken=("img2.png",)), tmp_path / "b")
 
 

@@ -100,6 +100,11 @@ def test_cognitive_maps_report_cell_errors(tmp_path):
 def test_bad_rows():
     with pytest.raises(DataError, match="column answer_json is not JSON"):
         ROWS.parse({**row("text", "x"), "answer_json": "{"}, "r")
+    for gold in (float("nan"), float("inf"), "two", None):
+        with pytest.raises(DataError, match=r"item r: gold .* is not a finite number"):
+            ROWS.parse(row("number", gold), "r")
+    with pytest.raises(DataError, match="item r has 0 <image> markers and 1 media"):
+        ROWS.parse(row("text", "x", images=["a.png"]), "r")
     with pytest.raises(DataError, match="unknown answer_type 'poem'"):
         ROWS.parse(row("poem", "x"), "r")
     with pytest.raises(DataError, match="gold 'C' is not among"):
