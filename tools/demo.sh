@@ -16,17 +16,20 @@ python tools/render_rooms.py --preset small --split train --num "$TRAIN_ROOMS" -
 python tools/render_rooms.py --preset small --split val --num "$VAL_ROOMS" --frames 8 --size 128 --seed 0 --workers 2 --out $DATA/rooms/val
 
 step "Asking questions with answers from the exact geometry"
-python tools/synthesize.py --config configs/synthesis/demo.yaml --scenes $DATA/rooms/train --out $DATA/qa/train --workers 2 --seed 0
-python tools/synthesize.py --config configs/synthesis/demo.yaml --scenes $DATA/rooms/val --out $DATA/qa/val --workers 2 --seed 0
+python tools/synthesize.py --tasks configs/synthesis/demo_first.yaml --scenes $DATA/rooms/train --out $DATA/qa/first --workers 2 --seed 0
+python tools/synthesize.py --tasks configs/synthesis/demo.yaml --scenes $DATA/rooms/train --out $DATA/qa/train --workers 2 --seed 0
+python tools/synthesize.py --tasks configs/synthesis/demo.yaml --scenes $DATA/rooms/val --out $DATA/qa/val --workers 2 --seed 0
 python tools/verify_qa.py $DATA/qa/val --scenes $DATA/rooms/val
 
 step "General data for the 1:1 mixture, tiny random models"
-python tools/make_general.py --out $DATA/general --num 4000 --split train --size 128 --seed 0
-python tools/make_tiny.py --family qwen3vl --size demo --out $DATA/models/tiny_qwen3vl --seed 0
-python tools/make_tiny.py --family vggt --out $DATA/models/tiny_vggt.safetensors --seed 0
+python tools/make_general.py --out $DATA/general --num 6000 --split train --size 128 --seed 0
+python tools/make_tiny.py $DATA/models --family qwen3vl --size demo --seed 0
+
+step "A model that can see: cell maps only (stands in for pretrained weights)"
+launch recipes/stage1.py configs/tiny/pretrain_qwen3vl.yaml run.dir=$RUNS/pretrain
 
 step "Stage 1: SSR-2D, spatial and general data 1:1"
-launch recipes/stage1.py configs/tiny/stage1_qwen3vl.yaml run.dir=$RUNS/stage1
+launch recipes/stage1.py configs/tiny/stage1_qwen3vl.yaml run.dir=$RUNS/stage1 model.init_from=$RUNS/pretrain/final
 
 step "Stage 2: SSR-3D, geometry branch on"
 launch recipes/stage2.py configs/tiny/stage2_qwen3vl.yaml run.dir=$RUNS/stage2 model.init_from=$RUNS/stage1/final
