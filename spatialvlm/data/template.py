@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
     from spatialvlm.typing import IntArray
 
-FAMILY_OF_MODEL_TYPE = {"qwen2_5_vl": "qwen2_5vl", "qwen3_vl": "qwen3vl", "internvl": "internvl3"}
+FAMILY_OF_MODEL_TYPE = {
+    "qwen2_5_vl": "qwen2_5vl",
+    "qwen3_vl": "qwen3vl",
+    "qwen3_vl_moe": "qwen3vl",
+    "internvl": "internvl3",
+}
 
 _SHORT = 10
 """Headers and line ends occur in every sample; ids of texts up to this length are remembered."""

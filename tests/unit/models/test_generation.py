@@ -4,6 +4,7 @@ import torch
 from spatialvlm.errors import AlignmentError
 from spatialvlm.models.generation import generate, sampler, stop_tokens
 from spatialvlm.models.library_generation import library_generate
+from spatialvlm.testing.packs import Member
 from spatialvlm.testing.rig import FAMILIES
 
 
@@ -41,12 +42,24 @@ def test_groups_equal_uncached_single_generation(rig, family, geometry):
     assert bench.model.training
 
 
-def test_vision_runs_once_per_group(rig):
+def test_long_prompts_beside_short_ones(rig):
+    bench = rig("qwen2_5vl", {})
+    bench.randomise_fusion()
+    video = bench.clip("video", 3, group=0)
+    long, short = Member((video,), text=4500, seed=4), Member(branches=(5,), seed=5)
+    expected = [uncached(bench, bench.pack([m], prompts=True), 3, ()) for m in (long, short)]
+    groups = [bench.pack([member], prompts=True) for member in (long, short)]
+    assert groups[0]["input_ids"].shape[1] > 4500
+    assert generate(bench.model, groups, 3, stop_ids=[-1]) == [[tokens] for tokens in expected]
+
+
+def test_encoders_run_once_per_group(rig):
     bench = rig("qwen3vl", {})
     calls = []
-    bench.model.adapter.vision_encoder.register_forward_hook(lambda *_: calls.append(1))
+    bench.model.adapter.vision_encoder.register_forward_hook(lambda *_: calls.append("vision"))
+    bench.model.geometry.encoder.register_forward_hook(lambda *_: calls.append("geometry"))
     generate(bench.model, [bench.pack(prompts=True)], 4)
-    assert calls == [1]
+    assert sorted(calls) == ["geometry", "vision"]
 
 
 def test_no_tokens_are_asked_for(rig):

@@ -6,6 +6,8 @@ import shutil
 import pytest
 import torch
 
+from spatialvlm.data.template import FAMILY_OF_MODEL_TYPE, ChatTemplate
+from spatialvlm.models.backbones import MODEL_TYPES
 from spatialvlm.models.build import cost_coefficients
 from spatialvlm.models.isolation import probe_isolation
 from spatialvlm.models.param_groups import split_parts
@@ -82,6 +84,7 @@ def hub_style(config):
 )
 def test_variant_loads_isolates_and_trains(checkpoints, tiny_vggt, tmp_path, family, change):
     folder = rewrite(checkpoints[family], tmp_path / "variant", change)
+    assert ChatTemplate.from_checkpoint(folder).family == family
     bench = Rig.load(family, folder, vggt=tiny_vggt, geometry={})
     probe_isolation(bench.model)
     bench.randomise_fusion()
@@ -99,6 +102,10 @@ def test_variant_loads_isolates_and_trains(checkpoints, tiny_vggt, tmp_path, fam
         family, bench.model.save_pretrained(tmp_path / "out"), vggt=tiny_vggt, geometry={}
     )
     assert torch.equal(again.model(again.pack()).loss_sum, bench.model(bench.pack()).loss_sum)
+
+
+def test_data_and_models_know_the_same_model_types():
+    assert {name: a.family for name, a in MODEL_TYPES.items()} == FAMILY_OF_MODEL_TYPE
 
 
 @pytest.mark.parametrize(
