@@ -116,12 +116,15 @@ class Watchdog:
 
     def _watch(self) -> None:
         store = _store() if self.size > 1 else None
-        while not self._stop.wait(self.period_s):
+        while True:
+            # Published before the first wait: a rank that stops early is then known, and named.
             beat = self.beat
             if store is not None:
                 store.set(f"heartbeat/{beat.rank}", json.dumps(asdict(beat)))
             if time.monotonic() - self._moved > self.limit():
                 self._give_up(store)
+            if self._stop.wait(self.period_s):
+                return
 
     def _give_up(self, store: Any) -> None:
         beats = [self.beat]
