@@ -28,6 +28,7 @@ MIXED = [
     ("text", "none"),
     ("none", "none"),
 ]
+WITHOUT_DUMMY = ("ddp", "zero3")
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 RATES = {"language_model": 1e-3, "vision_encoder": 1e-3, "projector": 1e-3, "embeddings": 1e-3}
 VARIANTS = {
@@ -105,11 +106,14 @@ def one_step(engine, batches, denominator: float, size: int):
     return loss / denominator, norms
 
 
-def rank_body(folder: Path, variant: str, strategy: str, size: int, out: Path) -> int:
-    """All pairs of a variant under one engine."""
+def rank_body(
+    folder: Path, variant: str, strategy: str, size: int, out: Path, *, dummy: bool = True
+) -> int:
+    """All pairs of a variant under one engine; without ``dummy`` packs without media skip the vision pass."""
     import torch
     import torch.distributed as dist
 
+    from spatialvlm.models.geometry.base import assert_frozen
     from spatialvlm.training.distributed import Processes
     from spatialvlm.training.engines import deepspeed_settings, make_engine
     from spatialvlm.training.optim import set_lrs
@@ -128,6 +132,11 @@ def rank_body(folder: Path, variant: str, strategy: str, size: int, out: Path) -
         strategy, rig.model, groups, factory, processes, max_grad_norm=1e9, bf16=False, deepspeed=settings,
     )  # fmt: skip
     set_lrs(engine.optimizer, groups, 0.0)
+    if rig.model.geometry is not None:
+        encoder = rig.model.geometry.encoder
+        assert_frozen(encoder, (p for g in engine.optimizer.param_groups for p in g["params"]))
+    if not dummy:
+        rig.model._see_dummy = lambda: None
     engine._checked = True  # a frozen vision encoder leaves some deepstack norms without a gradient
     found = []
     for number, pair in enumerate(VARIANTS[variant][1]):
@@ -168,6 +177,12 @@ def main() -> int:
             )  # fmt: skip
             results[name] = json.loads(out.read_text()) if exits[name] == [0] * size else None
             out.unlink(missing_ok=True)
+    for strategy in WITHOUT_DUMMY:
+        exits[f"without dummy/{strategy}"] = fork_ranks(
+            lambda s=strategy: rank_body(folder, "geometry", s, 2, folder / "no.json", dummy=False),
+            launcher_environment(strategy, 2, ROOT / "configs" / "deepspeed"),
+            size=2, log=folder / "without_dummy.log", timeout_s=60,
+        )  # fmt: skip
     (folder / "modalities.json").write_text(json.dumps({"exits": exits, "results": results}))
     return 0
 

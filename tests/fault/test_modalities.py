@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault.modality_worker import VARIANTS
+from tests.fault.modality_worker import VARIANTS, WITHOUT_DUMMY
 
 WORKER = Path(__file__).with_name("modality_worker.py")
 CASES = [(v, s) for v, (_, _, strategies) in VARIANTS.items() for s in strategies]
@@ -42,3 +42,10 @@ def test_every_pair_of_modalities_gives_the_gradients_of_one_process(found, vari
         assert norms.keys() == right.keys()
         for part, value in right.items():
             assert norms[part] == pytest.approx(value, rel=1e-5, abs=1e-7), (pair, part)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("strategy", WITHOUT_DUMMY)
+def test_without_the_dummy_pass_ranks_fail_or_hang(found, strategy):
+    """The pairs above do exercise the problem: take the dummy pass away and they do not finish."""
+    assert found["exits"][f"without dummy/{strategy}"] != [0, 0]
