@@ -4,6 +4,9 @@
 caller can tell apart situations it would handle differently.
 """
 
+import sys
+from collections.abc import Callable
+
 
 class SpatialVLMError(Exception):
     """Base of every error this package raises on purpose."""
@@ -12,6 +15,19 @@ class SpatialVLMError(Exception):
 USER_ERRORS = (SpatialVLMError, OSError)
 """What a command answers with one line instead of a traceback: our errors, and files that cannot be read or
 written (the text of an OSError names the path)."""
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Exit code of a tool; what a user can repair is one line and exit code 2, not a traceback.
+
+    Args:
+        main: The tool; ``None`` = success.
+    """
+    try:
+        return main() or 0
+    except USER_ERRORS as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return 2
 
 
 class ConfigError(SpatialVLMError):

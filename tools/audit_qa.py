@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from PIL import Image
 
-from spatialvlm.errors import MarkError
+from spatialvlm.errors import MarkError, run_command
 from spatialvlm.scenes.blacklist import Blacklist
 from spatialvlm.synthesis.audit import audit, page, prune, read_rows
 from spatialvlm.synthesis.balance import balance
@@ -103,4 +103,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

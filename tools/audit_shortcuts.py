@@ -30,7 +30,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from spatialvlm.errors import ConfigError, SpatialVLMError
+from spatialvlm.errors import ConfigError, SpatialVLMError, run_command
 from spatialvlm.evaluation import charts
 from spatialvlm.evaluation.benchmarks.circular import circular_variants, mmsi_variants
 from spatialvlm.evaluation.metrics import estimate
@@ -433,4 +433,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spatialvlm.config import TrainConfig, load_config
-from spatialvlm.errors import ConfigError, DataError, SpatialVLMError
+from spatialvlm.errors import ConfigError, DataError, SpatialVLMError, run_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,4 +150,4 @@ def unique_groups(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from spatialvlm.errors import run_command
 from spatialvlm.evaluation import lmms_adapter
 from spatialvlm.evaluation.generate import GenConfig
 from spatialvlm.evaluation.predictions import read_predictions
@@ -120,4 +121,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -27,7 +27,7 @@ from spatialvlm.data.convert import SUFFIX, Converter, Item, check_round_trip
 from spatialvlm.data.formats import FORMATS, SourceAttrs
 from spatialvlm.data.sample import MediaRef, Sample, Turn
 from spatialvlm.data.sources import Source
-from spatialvlm.errors import DataError, SpatialVLMError
+from spatialvlm.errors import DataError, SpatialVLMError, run_command
 
 FRAMES = 32
 
@@ -304,4 +304,4 @@ def target_ids(row: Mapping[str, Any], uid: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -20,7 +20,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from spatialvlm.errors import DataError, SpatialVLMError
+from spatialvlm.errors import DataError, SpatialVLMError, run_command
 from spatialvlm.evaluation.contamination import (
     arkit_rooms,
     benchmark_keys,
@@ -179,4 +179,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

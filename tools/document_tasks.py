@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from PIL import Image
 
+from spatialvlm.errors import run_command
 from spatialvlm.scenes.io import iter_scenes
 from spatialvlm.synthesis.audit import question_of
 from spatialvlm.synthesis.generate import RowMaker, generate_scene, make_context
@@ -181,4 +182,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from spatialvlm.errors import SpatialVLMError
+from spatialvlm.errors import SpatialVLMError, run_command
 from spatialvlm.models.export import DTYPES, export, push_to_hub
 
 
@@ -46,4 +46,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

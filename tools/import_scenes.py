@@ -21,7 +21,7 @@ from types import ModuleType
 
 from tqdm import tqdm
 
-from spatialvlm.errors import SpatialVLMError
+from spatialvlm.errors import SpatialVLMError, run_command
 from spatialvlm.scenes.blacklist import Blacklist, load_list, shipped_lists
 from spatialvlm.scenes.importers import (
     arkitscenes,
@@ -154,4 +154,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

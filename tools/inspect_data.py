@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from spatialvlm.config import TrainConfig, load_config
-from spatialvlm.errors import ConfigError, DataError, SpatialVLMError
+from spatialvlm.errors import ConfigError, DataError, SpatialVLMError, run_command
 
 MIXTURE_DRAWS = 10_000
 REJECTS_SHOWN = 20
@@ -214,4 +214,4 @@ def index_rejects(index: Any) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -20,6 +20,8 @@ from numpy.random import Generator, Philox
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from spatialvlm.errors import run_command
+
 SPLITS = ("train", "val", "test")
 COLOURS = {
     "red": (208, 30, 38),
@@ -290,4 +292,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -9,8 +9,10 @@ Writes ``tiny_<family>/`` (a Hugging Face directory) and ``tiny_vggt.safetensors
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
+from spatialvlm.errors import run_command
 from spatialvlm.testing import make_checkpoint, make_vggt
 
 FAMILIES = ("qwen2_5vl", "qwen3vl", "internvl3")
@@ -34,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

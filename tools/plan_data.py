@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from spatialvlm.config import TrainConfig, load_config
-from spatialvlm.errors import ConfigError, DataError, SpatialVLMError
+from spatialvlm.errors import ConfigError, DataError, SpatialVLMError, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -193,4 +193,4 @@ def family_total(counts: dict[str, int]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

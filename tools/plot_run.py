@@ -11,7 +11,7 @@ import csv
 import sys
 from pathlib import Path
 
-from spatialvlm.errors import SpatialVLMError
+from spatialvlm.errors import SpatialVLMError, run_command
 from spatialvlm.evaluation.report import curves_page, plotted
 from spatialvlm.evaluation.runs import read_metrics
 
@@ -45,4 +45,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from spatialvlm.errors import SpatialVLMError
+from spatialvlm.errors import SpatialVLMError, run_command
 from spatialvlm.scenes.rooms.appearance import rng_for
 from spatialvlm.scenes.rooms.build import RenderConfig, RoomSpec, is_written, write_room
 
@@ -118,4 +118,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from spatialvlm.config.evaluation import SweepConfig
 from spatialvlm.config.load import load_config, read_yaml
-from spatialvlm.errors import ConfigError, DataError, SpatialVLMError
+from spatialvlm.errors import ConfigError, DataError, SpatialVLMError, run_command
 from spatialvlm.evaluation import charts
 from spatialvlm.evaluation.runs import read_runs
 from spatialvlm.evaluation.scaling import (
@@ -428,4 +428,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from spatialvlm.config import TrainConfig, load_config
-from spatialvlm.errors import SpatialVLMError
+from spatialvlm.errors import SpatialVLMError, run_command
 
 BACKBONES = Path(__file__).resolve().parents[1] / "configs" / "backbones"
 
@@ -42,4 +42,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tqdm import tqdm
 
-from spatialvlm.errors import ConfigError, ContaminationError, SpatialVLMError
+from spatialvlm.errors import ConfigError, ContaminationError, SpatialVLMError, run_command
 from spatialvlm.scenes.blacklist import Blacklist, load_list, shipped_lists
 from spatialvlm.synthesis.balance import balance
 from spatialvlm.synthesis.engine import merge_manifest, synthesize
@@ -243,4 +243,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

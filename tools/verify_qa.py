@@ -16,7 +16,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from spatialvlm.errors import SpatialVLMError
+from spatialvlm.errors import SpatialVLMError, run_command
 from spatialvlm.scenes.blacklist import Blacklist
 from spatialvlm.synthesis.parts import list_scenes
 from spatialvlm.synthesis.verify import verify
@@ -64,4 +64,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

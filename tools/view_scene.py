@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from spatialvlm.errors import SceneError, SceneSchemaError
+from spatialvlm.errors import SceneError, SceneSchemaError, run_command
 from spatialvlm.scenes.io import iter_scenes, load_scene
 from spatialvlm.scenes.schema import Scene
 from spatialvlm.scenes.view import scene_page
@@ -28,13 +28,18 @@ def find_scene(path: Path, scene_id: str | None) -> Scene:
 
 def read_rows(path: Path, scene_id: str) -> list[dict[str, Any]]:
     """Question rows of one scene from a parquet file or a folder of them."""
+    import pyarrow as pa
     import pyarrow.dataset as ds
 
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise SceneSchemaError(f"{path}: no parquet file with question rows.")
-    table = ds.dataset([str(file) for file in files], format="parquet")
-    rows: list[dict[str, Any]] = table.to_table(filter=ds.field("scene_id") == scene_id).to_pylist()
+    try:
+        table = ds.dataset([str(file) for file in files], format="parquet")
+        found = table.to_table(filter=ds.field("scene_id") == scene_id)
+    except pa.ArrowInvalid as error:
+        raise SceneSchemaError(f"{path} cannot be read as parquet: {error}") from error
+    rows: list[dict[str, Any]] = found.to_pylist()
     return rows
 
 
@@ -62,4 +67,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -116,10 +116,10 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"{path} does not exist; --training needs folders of training runs")
     steps: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:
             continue  # a line cut off by a kill
         if isinstance(row.get("step"), int):
             steps[row["step"]] = {**steps.get(row["step"], {}), **row}

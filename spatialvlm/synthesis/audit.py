@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy import stats
 
+from spatialvlm.errors import SynthesisError
 from spatialvlm.scenes.transforms import Array
 from spatialvlm.synthesis.rows import hashed
 
@@ -95,7 +97,10 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     """All rows of a folder, without messages of the system and without masks."""
     rows: list[dict[str, Any]] = []
     for path in sorted(folder.glob("*.parquet")):
-        rows += pq.read_table(path).to_pylist()
+        try:
+            rows += pq.read_table(path).to_pylist()
+        except pa.ArrowInvalid as error:
+            raise SynthesisError(f"{path} is not a readable parquet file: {error}") from error
     return rows
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spatialvlm.errors import SceneSchemaError
 from spatialvlm.scenes.io import load_scene, read_scenes_parquet, scene_files
 from spatialvlm.scenes.schema import Scene
 from spatialvlm.synthesis.rows import SCHEMA
@@ -62,7 +63,12 @@ def list_scenes(folder: Path) -> list[SceneRef]:
 
 
 def _scene_id(path: Path) -> str:
-    values = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SceneSchemaError(
+            f"{path}: not a JSON file: {error}. Write the scene again or remove it."
+        ) from error
     return str(values.get("scene_id", "")) if isinstance(values, dict) else ""
 
 

@@ -18,6 +18,7 @@ sizes and hashes gathered -> rank 0 writes index, state, manifest, marker, fsync
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -223,7 +224,11 @@ class CheckpointStore:
         expected = 12 * sum(group.numel for group in groups)
         free = shutil.disk_usage(self.folder).free
         if free < 1.1 * expected:
-            raise OSError(28, f"{free / 1e9:.2f} GB free, {1.1 * expected / 1e9:.2f} GB needed")
+            raise OSError(
+                errno.ENOSPC,
+                f"{free / 1e6:,.0f} MB free, {1.1 * expected / 1e6:,.0f} MB needed. Free space, or lower "
+                "checkpoint.keep_last; earlier checkpoints are untouched",
+            )
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
 

@@ -2,10 +2,12 @@
 
 import json
 import os
+import runpy
 import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,8 @@ from spatialvlm.training.distributed import Processes, same_everywhere
 from spatialvlm.training.entry import exit_code, parse_arguments
 from spatialvlm.training.run import changed_keys, check_base
 from spatialvlm.training.state import RunFolder
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_wrong_recipes_are_answered_at_once_and_without_torch(recipe, tmp_path, environment):
@@ -182,6 +186,43 @@ def test_a_folder_in_use_is_refused_and_a_dead_owner_replaced(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(LaunchError, match="cannot be written"):
         RunFolder(tmp_path / "file" / "run", private=False).open()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("render_rooms.py --num 1 --size 64 --out FOLDER/file", "File exists: 'FOLDER/file'"),
+        ("make_general.py --num 1 --out FOLDER/file/x", "Not a directory: 'FOLDER/file"),
+        ("make_tiny.py FOLDER/file", "Not a directory: 'FOLDER/file"),
+        ("synthesize.py --scenes FOLDER --out FOLDER/qa", "FOLDER/scene.json: not a JSON file"),
+        (
+            "synthesize.py --scenes FOLDER --out FOLDER/qa --tasks FOLDER/a.yaml",
+            "is not valid YAML",
+        ),
+        (
+            "synthesize.py --merge-manifest --out FOLDER/none",
+            "No such file or directory: 'FOLDER/none",
+        ),
+        ("verify_qa.py FOLDER --scenes FOLDER", "FOLDER/scene.json: not a JSON file"),
+        ("audit_qa.py FOLDER", "FOLDER/a.parquet is not a readable parquet file"),
+        ("plot_run.py FOLDER --out FOLDER/file/a.html", "'FOLDER/file'"),
+    ],
+)
+def test_tools_answer_with_one_line(command, message, tmp_path, monkeypatch, capsys):
+    for name, content in {
+        "file": b"",
+        "scene.json": b"\xff{",
+        "a.yaml": b"tasks: [\xff",
+        "a.parquet": b"\0" * 99,
+        "metrics.jsonl": b'{"step": 1, "loss": 2.0}\n\xff\n{"step"',
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    tool, *arguments = command.replace("FOLDER", str(tmp_path)).split()
+    monkeypatch.setattr(sys, "argv", [tool, *arguments])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
+    lines = capsys.readouterr().err.splitlines()
+    assert (stop.value.code, message.replace("FOLDER", str(tmp_path)) in lines[-1]) == (2, True)
 
 
 def test_private_runs_are_readable_by_their_owner_only(tmp_path):
