@@ -4,12 +4,20 @@ from collections.abc import Collection
 from pathlib import Path
 
 from spatialvlm.errors import ConfigError, DataError
-from spatialvlm.evaluation.benchmarks import circular, multiview, perception, rows, structured, vsi
+from spatialvlm.evaluation.benchmarks import (
+    circular,
+    global_map,
+    multiview,
+    perception,
+    rows,
+    structured,
+    vsi,
+)
 from spatialvlm.evaluation.schema import Benchmark, BenchmarkSpec, closest, load_items
 
 BENCHMARKS: dict[str, BenchmarkSpec] = {
     spec.name: spec
-    for family in (vsi, multiview, perception, circular, structured, rows)
+    for family in (vsi, multiview, perception, circular, structured, global_map, rows)
     for spec in family.SPECS
 }
 

@@ -2,6 +2,7 @@
 
 import html
 import itertools
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,7 +102,7 @@ def _structured(runs: Sequence[BenchRun]) -> str:
         (
             "histogram",
             CELL_EDGES,
-            "Cell error of LocalCogMap (SSR reports a mean of 0.71)",
+            "Cell error (SSR reports a mean of 0.71 for LocalCogMap)",
             "cells",
         ),
         ("center_histogram", CENTER_EDGES, "Centre error of 7-DoF boxes", "metres"),
@@ -122,9 +123,19 @@ def _structured(runs: Sequence[BenchRun]) -> str:
             )
             if source:
                 counts.append((run.label, source[key], run.color))
+            if key == "histogram" and (rival := _global_maps(run)):
+                counts.append((f"{run.label}, global maps", rival, charts.GREY))
         if counts:
             body += charts.histogram_chart(title, edges, counts, unit)
     return body
+
+
+def _global_maps(run: BenchRun) -> list[int]:
+    """Cell errors of the same run on ``globalmap``, to be drawn beside LocalCogMap's."""
+    path = run.folder.parent / "globalmap" / "result.json"
+    if run.result["benchmark"] != "localcogmap" or not path.is_file():
+        return []
+    return list(json.loads(path.read_text(encoding="utf-8"))["extra"]["histogram"])
 
 
 def training_curves(folders: Sequence[str | Path]) -> str:

@@ -66,7 +66,10 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         """Everything but the items, as JSON values."""
         content = {key: value for key, value in vars(self).items() if key != "scored"}
-        return {**content, "coverage": self.coverage}
+        head = dict(self.headline)
+        if math.isnan(head["value"]):
+            head["value"] = None  # JSON has no NaN: a mean error without one readable answer
+        return {**content, "headline": head, "coverage": self.coverage}
 
     def line(self) -> str:
         """One line for a terminal."""

@@ -133,7 +133,7 @@ def test_exact_text(name, row, protocols, text):
 def test_every_benchmark_has_a_prompt_and_a_limit():
     covered = {name for name, *_ in EXPECTED}
     own = {"erqa", "mindcube_tiny", "vsi_debiased", "spatialvlm_rows", "internspatial"}
-    own |= {"localcogmap", "grounding7dof", "counting", "rotation"}
+    own |= {"localcogmap", "globalmap", "grounding7dof", "counting", "rotation"}
     assert set(BENCHMARKS) == covered | own
     assert find_spec("vsi_debiased").prompt is find_spec("vsi_bench").prompt
     assert find_spec("mindcube_tiny").prompt is find_spec("mindcube").prompt

@@ -127,7 +127,7 @@ def test_the_page_has_all_parts(page):
         "stage1",
         "blind",
         "missing<br>gone.png",
-        "Cell error of LocalCogMap",
+        "Cell error (SSR reports",
         "Numbers: stage2",
     ):
         assert part in text, part
