@@ -222,7 +222,9 @@ def run(argv: Sequence[str] | None = None) -> int:
         folder = Path(config.run.dir)
         return main(config, arguments.overrides)
     except USER_ERRORS as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        unnamed = isinstance(error, OSError) and error.filename is None  # a write to an open file
+        where = f" in run.dir={folder}" if unnamed else ""
+        print(f"{type(error).__name__}: {error}{where}", file=sys.stderr)
         note_end(folder, "failed", f"{type(error).__name__}: {error}")
         return 2 if isinstance(error, ConfigError) else 3 if isinstance(error, DataError) else 1
     except KeyboardInterrupt:

@@ -92,7 +92,12 @@ def run_recipe(
         else:
             train(config, arguments)
     except USER_ERRORS as error:
-        sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
+        where = (
+            f" in run.dir={config.run.dir} or data.index_dir={config.data.index_dir}"
+            if (config is not None and isinstance(error, OSError) and error.filename is None)
+            else ""
+        )  # a write to an open file does not say to which
+        sys.stderr.write(f"\n{type(error).__name__}: {error}{where}\n")
         if config is not None and not arguments.dry_run:
             _record_failure(Path(config.run.dir), error)
         return exit_code(error)
@@ -116,6 +121,7 @@ def _record_failure(run_dir: Path, error: Exception) -> None:
         record |= {"state": "failed", "reason": f"{type(error).__name__}: {error}"}
         with suppress(OSError):  # a full disk may be why; the old record stays whole
             write_json(path, record)
+            (run_dir / "lock").unlink(missing_ok=True)
 
 
 def owner() -> str:

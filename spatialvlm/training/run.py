@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spatialvlm.config import TrainConfig, dump_yaml, read_yaml
-from spatialvlm.errors import CheckpointError, ConfigError, LaunchError
+from spatialvlm.errors import USER_ERRORS, CheckpointError, ConfigError, LaunchError
 from spatialvlm.training.checkpoint import (
     CheckpointStore,
     Snapshot,
@@ -195,17 +195,20 @@ def _enter(config: TrainConfig, folder: RunFolder) -> tuple[dict[str, Any], Path
     _check_place(config)
     base, lineage = check_base(config)
     previous = folder.open()
-    found = checkpoints_in(folder.path / "checkpoints")
-    if not found and not previous.get("step"):
-        previous = {}  # nothing was ever trained here
-    if previous:
-        _compare(config, folder.path)
-    if config.run.resume == "none" and (found or previous):
+    try:
+        found = checkpoints_in(folder.path / "checkpoints")
+        if not found and not previous.get("step"):
+            previous = {}  # nothing was ever trained here
+        if previous:
+            _compare(config, folder.path)
+        if config.run.resume == "none" and (found or previous):
+            raise LaunchError(
+                f"{folder.path} already holds a run (state {previous.get('state')!r}, {len(found)} checkpoints). Use "
+                "run.resume=auto to continue it, or a new run.dir."
+            )
+    except USER_ERRORS:
         folder.unlock()
-        raise LaunchError(
-            f"{folder.path} already holds a run (state {previous.get('state')!r}, {len(found)} checkpoints). Use "
-            "run.resume=auto to continue it, or a new run.dir."
-        )
+        raise
     return previous, base, lineage
 
 
@@ -304,7 +307,7 @@ def check_base(config: TrainConfig) -> tuple[Path, dict[str, Any]]:
     lineage: dict[str, Any] = {"path": source, "fingerprint": base_fingerprint(path)}
     record_path = path.parent / "run.json"
     if record_path.is_file():
-        record = json.loads(record_path.read_text())
+        record = _read_json(record_path, "record of a run")
         if record.get("state") != "finished" and not config.model.allow_unfinished:
             raise CheckpointError(
                 f"model.init_from={source} belongs to a run that is {record.get('state')!r} at step "
@@ -317,18 +320,21 @@ def check_base(config: TrainConfig) -> tuple[Path, dict[str, Any]]:
 
 def _check_backbone(config: TrainConfig, path: Path) -> None:
     expected = backbone_config(config.model.backbone).get("model_type")
-    try:
-        found = dict(json.loads((path / "config.json").read_text(encoding="utf-8"))).get(
-            "model_type"
-        )
-    except (ValueError, TypeError) as error:
-        msg = f"{path / 'config.json'} is no model configuration ({error}); download or export the model again."
-        raise CheckpointError(msg) from error
+    found = _read_json(path / "config.json", "model configuration").get("model_type")
     if expected != found:
         raise ConfigError(
             f"model.init_from={path} is a {found!r} model, model.backbone={config.model.backbone} a {expected!r}. "
             "Change one of them."
         )
+
+
+def _read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object beside or inside a model directory."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        msg = f"{path} is no {what} ({error}); download or export the model again."
+        raise CheckpointError(msg) from error
 
 
 def backbone_file(name: str) -> Path:
@@ -397,7 +403,7 @@ def _check_manifest(folder: Path) -> None:
     path = folder.parent / f"{folder.name}.manifest.json"
     if not path.is_file():
         return
-    expected = json.loads(path.read_text())
+    expected = _read_json(path, "list of exported files")
     for name, (size, digest) in expected.items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != size:

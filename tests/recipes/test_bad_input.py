@@ -1,5 +1,6 @@
 """What a user can get wrong around a run, and the answer: what, where, which value, how to fix it."""
 
+import errno
 import json
 import os
 import runpy
@@ -135,6 +136,24 @@ def test_a_model_without_its_processor_and_a_folder_that_cannot_be_written(
     assert run(1, recipe(1, "qwen3vl"), here) == 1
     assert "data.json" in capsys.readouterr().err.splitlines()[-1]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "failed"
+    assert not (tmp_path / "run" / "lock").exists()  # another machine may try again at once
+
+
+def test_a_full_disk_is_named_and_the_record_of_the_run_stays_whole(
+    run, recipe, tmp_path, monkeypatch, capsys
+):
+    from spatialvlm.training import state
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("spatialvlm.data.build.write_record", full)
+    writes = iter([state.write_json] * 2)  # the lock, and run.json once
+    monkeypatch.setattr(state, "write_json", lambda *args: next(writes, full)(*args))
+    assert run(1, recipe(1, "qwen3vl"), f"run.dir={tmp_path / 'run'}") == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"No space left on device in run.dir={tmp_path / 'run'} or data.index_dir" in message
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "running"
 
 
 def test_broken_rows_and_wrong_marker_counts_name_file_and_line(
