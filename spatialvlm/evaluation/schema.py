@@ -136,6 +136,8 @@ class BenchmarkSpec:
     """Pictures of a row show one scene (they form one group for the geometry encoder)."""
     verbatim: bool = False
     """White space around media markers is part of the prompt (our own rows are trained that way)."""
+    lower_is_better: bool = False
+    """The headline is an error, not a percentage."""
 
 
 @dataclass(frozen=True)

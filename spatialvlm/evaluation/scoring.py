@@ -232,7 +232,7 @@ def score(
         per_type=per_type,
         micro=estimate([s.verdict.score for s in scored], [s.item.cluster for s in scored]).value,
         macro=math.fsum(row["value"] for row in per_type.values()) / len(per_type),
-        chance=_chance(scored),
+        chance=_chance(scored) | ({"macro": None} if benchmark.spec.lower_is_better else {}),
         extra=extra,
         deviations=deviations,
         settings=settings,

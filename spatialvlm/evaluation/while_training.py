@@ -5,6 +5,7 @@ optimizer or the loader is touched, so the losses of a run are the same with and
 """
 
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -110,7 +111,10 @@ class BenchmarkProbe:
                 torch.cuda.set_rng_state_all(cuda)
         if self.select is not None:
             value = scalars[f"eval/{self.select}"]
-            self.ranks.on_main(lambda: self._mark(state.step, value))
+            lower = any(
+                b.spec.lower_is_better for b in self.benchmarks if b.spec.name == self.select
+            )
+            self.ranks.on_main(lambda: self._mark(state.step, value, lower=lower))
         return scalars
 
     def _one(self, benchmark: Benchmark, step: int) -> dict[str, float]:
@@ -142,12 +146,15 @@ class BenchmarkProbe:
 
         return self.ranks.on_main(finish)
 
-    def _mark(self, step: int, value: float) -> None:
-        """Keep ``best.json``: the step with the highest headline so far."""
+    def _mark(self, step: int, value: float, *, lower: bool) -> None:
+        """Keep ``best.json``: the step with the highest headline so far, the lowest if it is an error."""
+        if math.isnan(value):  # not one readable answer
+            return
         path = self.folder / "best.json"
         before: Mapping[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
         # A replayed step after a resume is not a new best; an equal value keeps the earlier step.
-        if before and (before["value"] >= value or before["step"] == step):
+        worse = before and (before["value"] <= value if lower else before["value"] >= value)
+        if worse or (before and before["step"] == step):
             return
         self.on_best()
         text = json.dumps({"step": step, "benchmark": self.select, "value": value})

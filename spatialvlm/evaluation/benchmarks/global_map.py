@@ -126,6 +126,7 @@ GLOBALMAP = BenchmarkSpec(
     media=images,
     max_new_tokens=1024,
     cluster_columns=("scene",),
+    lower_is_better=True,
 )
 
 SPECS = (GLOBALMAP,)

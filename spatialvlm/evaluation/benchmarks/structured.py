@@ -117,6 +117,7 @@ LOCALCOGMAP = BenchmarkSpec(
     media=images,
     max_new_tokens=64,
     cluster_columns=("scene",),
+    lower_is_better=True,
 )
 
 # --------------------------------------------------------------------------------------------- 7-DoF grounding

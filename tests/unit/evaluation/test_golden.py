@@ -54,20 +54,38 @@ CHOICE_COLUMNS = {
 }
 
 
+def read_choices(name, column):
+    """What our extractor finds in every text of a file."""
+    extractor = CHOICE_COLUMNS[column]
+    return [
+        extractor(
+            row["text"], dict(zip("ABCDEFGH", row["choices"][: row["n_options"]], strict=False))
+        )
+        for row in rows(name)
+    ]
+
+
 @pytest.mark.parametrize("name", ["mcq_edges", "mcq_extractors"])
 @pytest.mark.parametrize("column", CHOICE_COLUMNS)
 def test_choice_extractors(name, column):
-    extractor = CHOICE_COLUMNS[column]
-    differing = []
-    for row in rows(name):
-        options = dict(zip("ABCDEFGH", row["choices"][: row["n_options"]], strict=False))
-        found = extractor(row["text"], options)
-        if found != (row[column] or None):
-            differing.append((row["text"], row[column], found))
-    assert not differing
-    if name == "mcq_edges":
-        rate = sum(bool(row[column]) for row in rows(name)) / len(rows(name))
-        assert rate == pytest.approx(aggregate(name)["found_rate"][column], abs=1e-9)
+    found = read_choices(name, column)
+    pairs = zip(found, rows(name), strict=True)
+    assert [(row["text"], row[column], x) for x, row in pairs if x != (row[column] or None)] == []
+    rate = sum(x is not None for x in found) / len(found)
+    assert rate == pytest.approx(aggregate(name)["found_rate"][column], abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["mcq_edges", "mcq_extractors"])
+def test_agreement_of_extractors(name):
+    found = {column: read_choices(name, column) for column in CHOICE_COLUMNS}
+    compared = 0
+    for pair, reference in aggregate(name)["pairwise_agreement"].items():
+        a, b = pair.split("~")
+        if a in found and b in found:
+            compared += 1
+            agree = sum(x == y for x, y in zip(found[a], found[b], strict=True)) / len(found[a])
+            assert agree == pytest.approx(reference, abs=1e-9), pair
+    assert compared == 28
 
 
 @pytest.mark.parametrize("name", ["mcq_edges", "mcq_extractors"])

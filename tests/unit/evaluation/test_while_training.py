@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spatialvlm.evaluation.generate import Completion
-from spatialvlm.evaluation.registry import load_benchmark
+from spatialvlm.evaluation.registry import BENCHMARKS, load_benchmark
 from spatialvlm.evaluation.while_training import BenchmarkProbe, together
 
 
@@ -85,6 +85,19 @@ def test_scalars_best_step_and_modes(probe, tmp_path):
     best = json.loads((tmp_path / "eval" / "best.json").read_text())
     assert best == {"step": 20, "benchmark": "spatialvlm_rows", "value": 80.0}
     assert (tmp_path / "eval" / "step_00000030" / "spatialvlm_rows" / "result.json").is_file()
+
+
+def test_the_best_step_of_an_error_is_the_lowest(probe, tmp_path):
+    run = probe[0]
+    (tmp_path / "eval").mkdir()
+    kept = []
+    for step, value in enumerate((float("nan"), 2.0, 1.5, 3.0, float("nan"))):
+        run._mark(step, value, lower=True)
+        path = tmp_path / "eval" / "best.json"
+        kept.append(json.loads(path.read_text())["step"] if path.is_file() else None)
+    assert kept == [None, 1, 2, 2, 2]
+    errors = {name for name, spec in BENCHMARKS.items() if spec.lower_is_better}
+    assert errors == {"localcogmap", "globalmap"}
 
 
 def test_types_are_logged(probe):
