@@ -109,11 +109,13 @@ def build_data(
             lengths.measure_all(number, workers)
             section = config.data.sources[number]
             own = section.max_bad_fraction
-            lengths.check(
+            note = lengths.check(
                 number,
                 max_bad=config.data.max_bad_fraction if own is None else own,
                 max_overlong=config.data.max_rejected_fraction,
             )
+            if note:
+                report(f"{note}; left out")
     mixture = build_mixture(config, encoder.indices, lengths, mode)
     notes = [note for index in encoder.indices for note in index.source.notes]
     for text in [*notes, *mixture.warnings]:

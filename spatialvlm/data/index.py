@@ -98,12 +98,20 @@ class SourceIndex:
     Args:
         source: The source.
         folder: Folder that :func:`build_index` wrote.
+
+    Raises:
+        DataError: The folder is damaged.
     """
 
     def __init__(self, source: Source, folder: Path) -> None:
         self.source = source
         self.folder = folder
-        self.info: dict[str, Any] = json.loads((folder / "info.json").read_text())
+        try:
+            self.info: dict[str, Any] = json.loads((folder / "info.json").read_bytes())
+        except ValueError as error:
+            raise DataError(
+                f"{folder / 'info.json'} is damaged ({error}). Delete {folder}; it is built again."
+            ) from error
         self.capabilities: tuple[str, ...] = tuple(self.info["capabilities"])
         self._columns: dict[str, npt.NDArray[Any]] = {}
         self._checked: set[int] = set()

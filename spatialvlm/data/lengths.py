@@ -166,13 +166,16 @@ class LengthTable:
         counts = Counter(self.reasons[source][self.reasons[source] > 0].tolist())
         return {LOAD_REASONS[code - 1]: n for code, n in sorted(counts.items())}
 
-    def check(self, source: int, *, max_bad: float, max_overlong: float) -> None:
+    def check(self, source: int, *, max_bad: float, max_overlong: float) -> str:
         """Judge what measuring all rows of a source found.
 
         Args:
             source: Its number.
             max_bad: Tolerated share of rows whose media cannot be used, judged from 20 rows or 20 % on.
             max_overlong: Tolerated share of rows that are too long.
+
+        Returns:
+            What a user should know about rows that are left out; empty when there are none.
 
         Raises:
             BudgetError: Too many; names reasons and first messages, or the lengths.
@@ -181,12 +184,12 @@ class LengthTable:
         name = self.encoder.indices[source].source.name
         overlong = found.pop("overlong", 0)
         bad = sum(found.values())
-        if bad > max_bad * rows and (bad >= 20 or bad >= 0.2 * rows):
+        note = ""
+        if bad:
             details = "; ".join(f"{reason} {count}" for reason, count in found.items())
-            raise BudgetError(
-                f"source {name}: {bad} of {rows} rows cannot be used: {details} (first: {self._first(source, found)}). "
-                f"Repair them, or raise max_bad_fraction {max_bad}"
-            )
+            note = f"source {name}: {bad} of {rows} rows cannot be used: {details} (first: {self._first(source, found)})"
+        if bad > max_bad * rows and (bad >= 20 or bad >= 0.2 * rows):
+            raise BudgetError(f"{note}. Repair them, or raise max_bad_fraction {max_bad}")
         if overlong > max_overlong * rows:
             tokens = self.records[source]["tokens"]
             kept = (
@@ -198,11 +201,14 @@ class LengthTable:
                 f"max_rejected_fraction is {max_overlong}. Rows that fit have median {kept[0]:.0f}, 95 % {kept[1]:.0f}, "
                 f"largest {kept[2]:.0f}; first that does not: {self._first(source, ['overlong'])}"
             )
+        return note
 
     def _first(self, source: int, reasons: Iterable[str]) -> str:
         codes = {1 + LOAD_REASONS.index(reason) for reason in reasons}
         rows = np.flatnonzero(np.isin(self.reasons[source], list(codes)))
-        return self.message(source, int(rows[0]))
+        index, row = self.encoder.indices[source], int(rows[0])
+        place = index.source.place(int(index.column("file")[row]), int(index.column("row")[row]))
+        return f"{place}: {self.message(source, row)}"
 
     def message(self, source: int, row: int) -> str:
         """Why a row cannot be used."""

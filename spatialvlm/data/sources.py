@@ -284,8 +284,11 @@ def _open_csv(path: Path) -> Container:
     """A table of text; columns are found by name, lists are Python literals."""
     import csv
 
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        return JoinedRows(path, [dict(row) for row in csv.DictReader(file)])
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return JoinedRows(path, [dict(row) for row in csv.DictReader(file)])
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} is no CSV file in UTF-8: {error}.", reason="schema") from error
 
 
 def read_manifest(
@@ -352,7 +355,12 @@ def _saved_dataset(source: str, folder: Path) -> list[str]:
             f"source {source}: {folder} is a folder without state.json; list its files, or a folder "
             "written by datasets.Dataset.save_to_disk."
         )
-    return [entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
+    try:
+        return [entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ConfigError(
+            f"source {source}: {state} does not list data files ({error!r}); save the dataset again."
+        ) from error
 
 
 def _stems(files: Sequence[str]) -> tuple[str, ...]:

@@ -171,6 +171,21 @@ def test_broken_rows_and_wrong_marker_counts_name_file_and_line(
     assert "broken.jsonl:6 has 1 <image> marker and 0 images" in message
 
 
+def test_a_missing_image_is_told_and_left_out_many_end_the_run(run, recipe, rows, tmp_path, capsys):
+    good = (rows / "spatial.jsonl").read_text().splitlines()
+    lost = json.dumps(json.loads(good[0]) | {"images": ["gone.png"]})
+    place = f"lost.jsonl:3: no such file: {rows / 'gone.png'}"
+    where = f"run.dir={tmp_path / 'run'}"
+    for others, code, message in ((30, 0, "1 of 31 rows"), (2, 3, "1 of 3 rows")):
+        lines = [*good[:2], lost, *good[2:others]]
+        (rows / "lost.jsonl").write_text("\n".join(lines) + "\n")
+        overrides = [where, "data.sources.0.files=[lost.jsonl]", "data.length={steps: 1}"]
+        assert run(1, recipe(1, "qwen3vl"), *overrides) == code
+        text = capsys.readouterr().err
+        assert f"source squares: {message} cannot be used: missing 1 (first: {place})" in text
+        where = f"run.dir={tmp_path / 'other'}"
+
+
 def test_pickled_weights_are_refused(recipe, tmp_path, tiny_checkpoint):
     folder = tmp_path / "model"
     folder.mkdir()

@@ -130,7 +130,19 @@ def test_files_without_a_single_row_say_what_is_in_them(tmp_path):
     fail("c.jsonl", b'{"a": "caf\xe9"}\n', DataError, r"source s: c\.jsonl:1: UnicodeDecodeError")
     fail("d.jsonl", b"", DataError, r"d\.jsonl holds no rows")
     fail("e.jsonl", b"[1, 2]\n", ConfigError, r"source s, e\.jsonl: .* no JSON objects")
+    fail("g.csv", b"a\ncaf\xe9\n", DataError, r"g\.csv is no CSV file in UTF-8")
     fail("f.parquet", b"\0" * 99, ConfigError, r"f\.parquet is not a readable parquet file")
+
+
+def test_a_damaged_saved_dataset_and_a_damaged_table_are_named(make, tmp_path):
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"state\.json does not list data files"):
+        Source(SourceAttrs("s", "spatial"), files=["saved"], root=tmp_path)
+    source = make()
+    (build_index(source, tmp_path / "index").folder / "info.json").write_text("{")
+    with pytest.raises(DataError, match=r"info\.json is damaged .* Delete"):
+        build_index(source, tmp_path / "index")
 
 
 def test_an_index_folder_that_cannot_be_written_is_named(make, tmp_path):
