@@ -9,31 +9,27 @@ import time
 
 import pytest
 
+from spatialvlm.testing.rig import FAMILIES, Rig
 from tests.recipes.test_evaluate import ROOT, arguments, predictions, recipe, rows  # noqa: F401
 
 
-@pytest.fixture(scope="module")
-def checkpoint_3d(tiny_checkpoint, tiny_vggt, tmp_path_factory):
-    """A tiny checkpoint whose geometry branch is not at its (neutral) start."""
-    from spatialvlm.testing.rig import Rig
-
-    rig = Rig.load("qwen3vl", tiny_checkpoint("qwen3vl"), vggt=tiny_vggt, geometry={})
-    rig.randomise_fusion()
-    return rig.model.save_pretrained(tmp_path_factory.mktemp("with_geometry") / "final")
-
-
+@pytest.mark.parametrize("family", FAMILIES)
 def test_geometry_branch_shares_prefixes_and_changes_answers(
+    family,
     recipe,  # noqa: F811
     rows,  # noqa: F811
     tiny_checkpoint,
-    checkpoint_3d,
+    tiny_vggt,
     tmp_path,
 ):
-    assert recipe(arguments(rows, checkpoint_3d, tmp_path / "shared")) == 0
+    rig = Rig.load(family, tiny_checkpoint(family), vggt=tiny_vggt, geometry={})
+    rig.randomise_fusion()  # the branch starts neutral
+    checkpoint = rig.model.save_pretrained(tmp_path / "final")
+    assert recipe(arguments(rows, checkpoint, tmp_path / "shared")) == 0
     single = ["evaluation.shared_prefix=false", "evaluation.batch_size=1"]
-    assert recipe(arguments(rows, checkpoint_3d, tmp_path / "single", *single)) == 0
+    assert recipe(arguments(rows, checkpoint, tmp_path / "single", *single)) == 0
     assert predictions(tmp_path / "shared") == predictions(tmp_path / "single")
-    assert recipe(arguments(rows, tiny_checkpoint("qwen3vl"), tmp_path / "plain")) == 0
+    assert recipe(arguments(rows, tiny_checkpoint(family), tmp_path / "plain")) == 0
     assert predictions(tmp_path / "plain") != predictions(tmp_path / "shared")
 
 

@@ -14,6 +14,7 @@ from spatialvlm.evaluation.registry import load_benchmark
 from spatialvlm.evaluation.report import pick_samples, read_baselines, text_table, write_report
 from spatialvlm.evaluation.runs import paired_macro, read_metrics, read_runs
 from spatialvlm.evaluation.scoring import score, write_result
+from tests.unit.evaluation.test_golden import scored
 
 EVIL = '<script>alert(1)</script> & "quotes"'
 
@@ -273,3 +274,17 @@ def test_composite_needs_all_members():
     del values["erqa"]
     assert "<td>–</td></tr>" in composite_table({name: run(name, 50.0) for name in values})
     assert composite_table({"vsi_bench": run("vsi_bench", 50.0)}) == ""
+
+
+def test_structured_answers_have_histograms(tmp_path):
+    for name in ("localcogmap", "grounding7dof", "counting", "rotation"):
+        write_result(scored(name, name, "official"), tmp_path / "run" / name)
+    write_report([tmp_path / "run"], tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    for title, bins in (
+        ("Cell error (SSR reports a mean of 0.71 for LocalCogMap)", 6),
+        ("Centre error of 7-DoF boxes", 21),
+        ("Yaw error of 7-DoF boxes", 18),
+    ):
+        figure = page.partition(f"<figcaption>{title}</figcaption>")[2].partition("</svg>")[0]
+        assert figure.count("<rect") == bins, title
