@@ -178,7 +178,7 @@ class RunFolder:
             if other.get("pid") != me["pid"] and (alive or (not same_host and age < LOCK_STALE_S)):
                 raise LaunchError(
                     f"{self.path} is in use by process {other.get('pid')} on {other.get('host')}. Wait for it, "
-                    "stop it, or choose another run.dir."
+                    f"stop it, or choose another run.dir. If it is gone, delete {path}."
                 )
         write_json(path, me)
 
