@@ -129,7 +129,12 @@ class Asker:
         processes.on_main(lambda: check_manifest(folder, manifest, overwrite=overwrite))
         items = limited(benchmark.items, section.limit, section.limit_seed)
         asks = make_asks(
-            benchmark, items, protocol=section.protocol, media=section.media, seed=section.seed
+            benchmark,
+            items,
+            protocol=section.protocol,
+            media=section.media,
+            seed=section.seed,
+            allow_absolute=section.allow_absolute_media,
         )
         generator = self.subject.generator(
             benchmark.media_root,

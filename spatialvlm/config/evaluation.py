@@ -50,6 +50,8 @@ class EvaluationConfig(Section):
     """How answers without a readable choice count."""
     strip_think: Bool = False
     """Remove everything through the last ``</think>`` before extraction."""
+    allow_absolute_media: Bool = False
+    """Accept absolute media paths in benchmark files."""
     frames: PositiveInt = 32
     """Frames per video."""
     frame_policy: Literal["linspace", "uniform_tail"] = "linspace"

@@ -73,7 +73,8 @@ def safe_path(root: Path, path: str, *, allow_absolute: bool = False) -> Path:
     parts = PurePosixPath(path.replace("\\", "/"))
     if ".." in parts.parts or (parts.is_absolute() and not allow_absolute):
         raise DataError(
-            f"media path {path!r} leaves its root {root}; fix the row or pass --allow-absolute-media"
+            f"media path {path!r} leaves its root {root}; fix the row, or accept absolute paths with "
+            "--allow-absolute-media (recipe: evaluation.allow_absolute_media=true)"
         )
     return root / parts
 

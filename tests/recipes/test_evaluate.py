@@ -217,6 +217,17 @@ def test_a_folder_that_holds_something_else(recipe, rows, tmp_path, capsys):
     assert f"File exists: '{tmp_path / 'file'}'" in capsys.readouterr().err
 
 
+def test_absolute_media_need_permission(recipe, rows, tiny_checkpoint, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(rows.read_text().replace('"a.png"', f'"{rows.parent / "a.png"}"'))
+    checkpoint, out = tiny_checkpoint("qwen3vl"), tmp_path / "run"
+    asked = arguments(rows, checkpoint, out, f"evaluation.files.spatialvlm_rows={path}")
+    assert recipe(asked) == 3
+    assert "evaluation.allow_absolute_media=true" in capsys.readouterr().err
+    assert recipe([*asked, "evaluation.allow_absolute_media=true"]) == 0
+    assert len(predictions(out).splitlines()) == 24
+
+
 @pytest.mark.smoke
 def test_two_processes_give_the_same_file(recipe, rows, tiny_checkpoint, tmp_path):
     checkpoint = tiny_checkpoint("qwen3vl")
