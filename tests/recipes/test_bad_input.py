@@ -186,6 +186,14 @@ def test_a_missing_image_is_told_and_left_out_many_end_the_run(run, recipe, rows
         where = f"run.dir={tmp_path / 'other'}"
 
 
+def test_a_missing_geometry_encoder_says_which_key_names_it(run, recipe, tmp_path, capsys):
+    overrides = [f"run.dir={tmp_path / 'run'}", "geometry.source=/nowhere/vggt.safetensors"]
+    assert run(2, recipe(2, "qwen3vl"), *overrides) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "geometry.source=/nowhere/vggt.safetensors is neither" in message
+    assert "model.geometry_source in evaluation" in message
+
+
 def test_pickled_weights_are_refused(recipe, tmp_path, tiny_checkpoint):
     folder = tmp_path / "model"
     folder.mkdir()

@@ -189,7 +189,10 @@ def _locate(source: str | Path, revision: str | None) -> Path:
         raise CheckpointError(f"{path} holds none of {', '.join(FILE_NAMES)}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.suffix:
         return _download(str(source), revision)
-    raise CheckpointError(f"geometry.source={source} is neither a file, a folder, nor a hub id")
+    raise CheckpointError(
+        f"geometry.source={source} is neither a file, a folder, nor a hub id; give the encoder's weights, for example "
+        "facebook/VGGT-1B (geometry.source in training, model.geometry_source in evaluation)"
+    )
 
 
 def _download(repo: str, revision: str | None) -> Path:
