@@ -8,6 +8,7 @@ import torch
 from spatialvlm.errors import ConfigError
 from spatialvlm.testing.packs import Member
 from spatialvlm.testing.rig import FAMILIES
+from spatialvlm.typing import KIND_SPATIAL, KIND_VIDEO
 
 MODES = [
     dict(zip(("fusion", "insertion", "init"), values, strict=True))
@@ -112,6 +113,23 @@ def test_batches_where_only_some_samples_have_geometry(rig):
     together = bench.model(bench.pack(mixed)).sample_loss
     alone = torch.cat([bench.model(bench.pack([member])).sample_loss for member in mixed])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("insertion", ["interleaved", "sequential", "in_place"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_videos_of_one_and_of_odd_numbers_of_frames(rig, family, insertion):
+    bench = rig(family, {"insertion": insertion})
+    bench.randomise_fusion()
+    clips = [bench.clip("video", frames, group=0) for frames in (1, 5)]
+    members = [Member((clip,), seed=index) for index, clip in enumerate(clips)]
+    together = bench.pack(members)
+    units = [1, 5] if family == "internvl3" else [1, 3]
+    assert together["media_grid_thw"][:, 0].tolist() == units
+    alone = torch.cat([bench.model(bench.pack([member])).sample_loss for member in members])
+    torch.testing.assert_close(bench.model(together).sample_loss, alone, atol=1e-5, rtol=1e-5)
+    spatial = int((together["token_kind"] == KIND_SPATIAL).sum())
+    visual = int((together["token_kind"] == KIND_VIDEO).sum())
+    assert spatial == (0 if insertion == "in_place" else visual)
 
 
 def test_dinov2_as_the_per_frame_control(rig, tmp_path):
