@@ -120,7 +120,8 @@ def build_data(
     notes = [note for index in encoder.indices for note in index.source.notes]
     for text in [*notes, *mixture.warnings]:
         report(text)
-    if world.rank == 0:
+    # The recipe has made the run folder; the tools that only look must not.
+    if world.rank == 0 and Path(config.run.dir).is_dir():
         record = data_record(encoder.indices, mixture, blocked_key)
         write_record(Path(config.run.dir) / "data.json", mixture, record)
     return StepLoader(
