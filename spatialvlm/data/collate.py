@@ -226,7 +226,9 @@ def _add_media(batch: Batch, media: Sequence[MediaPixels]) -> None:
         for members in ordered
     ]
     if any(m.content for m in media):
-        batch["geometry_content"] = _tensor(np.array([m.content or (0, 0) for m in media], np.int64))
+        batch["geometry_content"] = _tensor(
+            np.array([m.content or (0, 0) for m in media], np.int64)
+        )
     in_order = [m for members in ordered for m in members]
     same = len(in_order) == len(media) and all(
         a is b and a.geometry is a.frames for a, b in zip(in_order, media, strict=True)
