@@ -240,9 +240,9 @@ def build_fusion(
         settings: The geometry section as plain values.
         feature_dim: Channels of one encoder layer.
     """
-    if adapter.family == "internvl3" and settings["frames_as_images"]:
+    if adapter.frames_are_images and settings["frames_as_images"]:
         raise ConfigError(
-            "geometry.frames_as_images has no effect on InternVL, whose frames are images; remove it"
+            f"geometry.frames_as_images has no effect on {type(adapter).__name__}, whose frames are images; remove it"
         )
     return GeometryFusion(
         adapter.projector,

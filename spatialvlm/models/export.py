@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from spatialvlm.errors import CheckpointError, ConfigError
-from spatialvlm.models.backbones import adapter_of, require_config
+from spatialvlm.models.backbones import FAMILIES, adapter_of, require_config
 from spatialvlm.models.directory import COMPANIONS, SPATIAL_JSON, SPATIAL_WEIGHTS, saved_geometry
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -159,7 +159,7 @@ def model_card(family: str, saved: dict[str, object] | None, *, trained_with_geo
             "loads as a 2D model with `AutoModelForImageTextToText`.",
             "",
         ]
-    if family != "internvl3":
+    if FAMILIES[family].uses_mrope:
         lines += [
             "Positions: text after an image or video starts behind the largest coordinate of everything before it "
             "(the rule of Qwen2-VL). Recent `transformers` releases ignore the temporal extent of a Qwen2.5-VL video "

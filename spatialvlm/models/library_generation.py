@@ -73,9 +73,9 @@ def library_inputs(model: SpatialVLM, groups: Sequence[Batch]) -> dict[str, Any]
     }
     outputs = {}
     for name, kind in (("image", KIND_IMAGE), ("video", KIND_VIDEO)):
-        if model.adapter.family == "internvl3" and kind == KIND_VIDEO:
+        if model.adapter.frames_are_images and kind == KIND_VIDEO:
             continue  # its frames are images
-        picked = [_pick(row, kind, model.adapter.family) for row in rows]
+        picked = [_pick(row, kind, model.adapter.frames_are_images) for row in rows]
         tokens = [tokens for tokens, _ in picked if len(tokens)]
         if tokens:
             outputs[name] = _encoder_output(
@@ -112,10 +112,10 @@ def _rows(model: SpatialVLM, group: Batch) -> list[dict[str, Any]]:
     return rows
 
 
-def _pick(row: dict[str, Any], kind: int, family: str) -> tuple[Tensor, list[Tensor]]:
+def _pick(row: dict[str, Any], kind: int, frames_are_images: bool) -> tuple[Tensor, list[Tensor]]:
     """Visual tokens and deepstack features of one prompt and kind."""
     wanted = row["kind"] == kind
-    if family == "internvl3":
+    if frames_are_images:
         wanted = (row["kind"] == KIND_IMAGE) | (row["kind"] == KIND_VIDEO)
     index = row["order"][wanted]
     return row["tokens"][index], [layer[index] for layer in row["deepstack"]]
@@ -124,7 +124,7 @@ def _pick(row: dict[str, Any], kind: int, family: str) -> tuple[Tensor, list[Ten
 def _encoder_output(model: SpatialVLM, tokens: list[Tensor], deepstack: list[list[Tensor]]) -> Any:
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    if model.adapter.family == "internvl3":  # one row per frame
+    if model.adapter.frames_are_images:  # one row per frame
         size = int(model.backbone.config.image_seq_length)
         frames = torch.cat(tokens).view(-1, size, tokens[0].shape[-1])
         return BaseModelOutputWithPooling(pooler_output=frames)

@@ -71,6 +71,8 @@ class Backbone(ABC):
     uses_mrope: ClassVar[bool] = True
     tau: ClassVar[int] = 2
     """Frames of a video per temporal unit."""
+    frames_are_images: ClassVar[bool] = False
+    """Whether the library encodes every frame of a video as an image of its own."""
     flatten_units: ClassVar[bool] = False
     """Whether the projector takes a merge unit as one row (else as four consecutive rows)."""
 

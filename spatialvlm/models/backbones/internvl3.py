@@ -24,6 +24,7 @@ class InternVL3(Backbone):
     model_types = ("internvl",)
     uses_mrope = False
     tau = 1
+    frames_are_images = True
     flatten_units = True
 
     @property

@@ -42,7 +42,7 @@ def name(mode):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_step(rig, family, mode):
     if family == "internvl3" and mode.get("frames_as_images"):
-        with pytest.raises(ConfigError, match="frames_as_images has no effect on InternVL"):
+        with pytest.raises(ConfigError, match="frames_as_images has no effect on InternVL3"):
             rig(family, mode)
         return
     bench = rig(family, mode)
