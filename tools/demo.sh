@@ -23,7 +23,7 @@ python tools/verify_qa.py $DATA/qa/val --scenes $DATA/rooms/val
 
 step "General data for the 1:1 mixture, tiny random models"
 python tools/make_general.py --out $DATA/general --num 6000 --split train --size 128 --seed 0
-python tools/make_tiny.py $DATA/models --family qwen3vl --size demo --seed 0
+python tools/make_tiny.py $DATA/models --size demo --seed 0  # all three families; the demo trains Qwen3-VL
 
 step "A model that can see: cell maps only (stands in for pretrained weights)"
 launch recipes/stage1.py configs/tiny/pretrain_qwen3vl.yaml run.dir=$RUNS/pretrain
