@@ -18,6 +18,7 @@ from spatialvlm.evaluation.predictions import Key, Prediction, join
 from spatialvlm.evaluation.schema import (
     PROTOCOLS,
     Benchmark,
+    BenchmarkSpec,
     Item,
     Judge,
     Scored,
@@ -232,7 +233,7 @@ def score(
         per_type=per_type,
         micro=estimate([s.verdict.score for s in scored], [s.item.cluster for s in scored]).value,
         macro=math.fsum(row["value"] for row in per_type.values()) / len(per_type),
-        chance=_chance(scored) | ({"macro": None} if benchmark.spec.lower_is_better else {}),
+        chance=_chance(scored, benchmark.spec, protocol),
         extra=extra,
         deviations=deviations,
         settings=settings,
@@ -247,14 +248,27 @@ def score(
     )
 
 
-def _chance(scored: Sequence[Scored]) -> dict[str, Any]:
-    """Score without looking: 1/k for choices, the best constant answer for everything else."""
+def _chance(scored: Sequence[Scored], spec: BenchmarkSpec, protocol: str) -> dict[str, Any]:
+    """Score without looking: 1/k for choices, the best constant answer for everything else.
+
+    ``macro`` stands beside the headline: aggregated by the same rule where that rule is linear in item scores, else
+    the mean over question types; ``None`` beside an error.
+    """
     values = chance_scores([s.item for s in scored])
     sums: dict[str, list[float]] = defaultdict(list)
     for s, value in zip(scored, values, strict=True):
         sums[s.item.question_type].append(value)
     per_type = {name: 100 * sum(part) / len(part) for name, part in sorted(sums.items())}
-    return {"macro": sum(per_type.values()) / len(per_type), "per_type": per_type}
+    macro: float | None = sum(per_type.values()) / len(per_type)
+    if spec.lower_is_better:
+        macro = None
+    elif all(s.item.kind in ("choice", "number") and not s.item.group for s in scored):
+        guessed = [
+            replace(s, verdict=replace(s.verdict, score=value))
+            for s, value in zip(scored, values, strict=True)
+        ]
+        macro = spec.summarise(guessed, protocol).headline.value
+    return {"macro": macro, "per_type": per_type}
 
 
 def _check_manifest(

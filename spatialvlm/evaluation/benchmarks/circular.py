@@ -47,7 +47,10 @@ def _parse_dsr(row: Row, item_id: str) -> Item:
         )
     options = letter_columns(row, "ABCD") or dict.fromkeys("ABCD", "")
     gold = choice_gold(bare_letter(row["answer"]), options, item_id)
-    return Item(item_id, "choice", gold, str(row["category"]), item_id[:8], options, row=row)
+    family = item_id[:8]
+    return Item(
+        item_id, "choice", gold, str(row["category"]), family, options, group=family, row=row
+    )
 
 
 def dsr_summary(

@@ -166,6 +166,15 @@ def test_accuracy_benchmarks(bench, name, protocol, column, key):
             assert value == pytest.approx(flat[name_], abs=1e-9)
 
 
+def test_chance_is_aggregated_like_the_headline():
+    chance = scored("vsi_bench", "vsibench_official", "official").chance
+    types = dict(chance["per_type"])
+    levels = [types.pop(f"object_rel_direction_{level}") for level in ("easy", "medium", "hard")]
+    assert len(types) == 7
+    assert chance["macro"] == pytest.approx((sum(types.values()) + sum(levels) / 3) / 8)
+    assert scored("site", "site_official", "official").chance["macro"] == pytest.approx(0, abs=1e-9)
+
+
 def test_mindcube_settings_and_parsed():
     result = scored("mindcube", "mindcube_official", "official")
     golden = aggregate("mindcube_official")
