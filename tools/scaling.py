@@ -334,7 +334,7 @@ def curves(rows: list[dict], fits: dict, hold: str) -> str:
                         label, grid, [fit.predict(s) for s in grid], charts.PALETTE[1 + number]
                     )
                 )
-        cards += charts.line_chart(f"{bench} (same {hold})", series, "size", "score in %")
+        cards += charts.line_chart(f"{bench} ({hold})", series, "size", "score in %")
     return f'<div class="grid2">{cards}</div>'
 
 
@@ -351,7 +351,7 @@ def write_page(path: Path, rows: list[dict], fits: dict, lines: list[dict], hold
     path.write_text(
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width, initial-scale=1"><title>Sweep</title><style>{style}</style></head><body><main>'
-        f"<h1>Sweep</h1><p class='sub'>{html.escape(hold)} held constant; same hyper-parameters otherwise</p>"
+        f"<h1>Sweep</h1><p class='sub'>{html.escape(hold)}</p>"
         f"{curves(rows, fits, hold)}<h2>Scores</h2>{heat_table(rows)}"
         + (
             f'<h2>Fitted laws</h2><div class="scroll"><table><tr><th>law</th><th>parameter</th><th>value</th>'
@@ -376,7 +376,13 @@ def analyse(args: argparse.Namespace, sweep: SweepConfig | None) -> None:
         raise ConfigError(f"a fit needs at least three different sizes, got {sizes}")
     if lines:
         write_csv(out / "fits.csv", lines)
-    write_page(out / "scaling.html", rows, fits, lines, sweep.hold if sweep else "not stated")
+    write_page(
+        out / "scaling.html",
+        rows,
+        fits,
+        lines,
+        f"same {sweep.hold} and hyper-parameters" if sweep else "numbers from elsewhere",
+    )
     for (bench, law), fit in fits.items():
         text = ", ".join(f"{k} {v:.4g}" for k, v in fit.params.items())
         print(f"{bench} {law}: {text}, R² {fit.r2:.3f}, AICc {fit.aicc:.2f}")
