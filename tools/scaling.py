@@ -339,7 +339,7 @@ def curves(rows: list[dict], fits: dict, hold: str) -> str:
 
 
 def write_page(path: Path, rows: list[dict], fits: dict, lines: list[dict], hold: str) -> None:
-    """Static page with curves, table and parameters."""
+    """Static page with curves, table and parameters; ``hold`` says what all points have in common."""
     from importlib.resources import files
 
     style = files("spatialvlm.evaluation").joinpath("report.css").read_text(encoding="utf-8")

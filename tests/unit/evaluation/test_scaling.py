@@ -211,9 +211,9 @@ def test_an_interrupted_sweep_continues(tool, tmp_path, capsys):
     assert {(line["model"], line["param"]) for line in lines} == {
         ("log", "a"), ("log", "b"), ("power", "c"), ("power", "A"), ("power", "alpha"),
     }  # fmt: skip
-    tool.write_page(tmp_path / "page.html", rows, fits, lines, "epochs")
+    tool.write_page(tmp_path / "page.html", rows, fits, lines, "same epochs")
     page = (tmp_path / "page.html").read_text()
-    assert "same epochs" in page
+    assert "bench (same epochs)" in page
     assert "<td>yes</td>" in page
 
 
