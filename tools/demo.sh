@@ -40,5 +40,5 @@ launch recipes/evaluate.py configs/eval/demo.yaml run.dir=$RUNS/eval_stage2 mode
 launch recipes/evaluate.py configs/eval/demo.yaml run.dir=$RUNS/eval_blind model.init_from=$RUNS/stage2/final evaluation.media=drop
 
 step "Report"
-python -m spatialvlm.evaluation report --runs $RUNS/eval_stage1 $RUNS/eval_stage2 $RUNS/eval_blind --training $RUNS/stage1 $RUNS/stage2 --out $RUNS/report.html
+python -m spatialvlm.evaluation report --runs $RUNS/eval_stage1 $RUNS/eval_stage2 $RUNS/eval_blind --training $RUNS/pretrain $RUNS/stage1 $RUNS/stage2 --out $RUNS/report.html
 step "Done: open $RUNS/report.html"
