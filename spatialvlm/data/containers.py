@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     pass
 
 _BLOCK = 1 << 20
+_decode_start = json.JSONDecoder().raw_decode
+"""``json.loads`` without its search for white space and for text behind the value."""
 
 
 class RawRow(NamedTuple):
@@ -65,7 +67,12 @@ class Container:
 def parse_json(data: bytes, path: Path, line: Callable[[], int]) -> Any:
     """Parse one row, or say where it is broken."""
     try:
-        return json.loads(data.decode().rstrip())  # a line break would move the error one line down
+        text = data.decode().rstrip()  # a line break would move the error one line down
+        if text.startswith("{"):
+            value, end = _decode_start(text)
+            if end == len(text):
+                return value
+        return json.loads(text)
     except json.JSONDecodeError as error:
         around = error.doc[max(0, error.pos - 40) : error.pos + 40]
         raise DataError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -144,7 +144,7 @@ def fit(
         turns = sample.turns
         while len(turns) > 3 and not any(isinstance(part, int) for part in turns[-2].parts):
             turns = turns[:-2]
-            cut = replace(sample, turns=turns)
+            cut = sample._replace(turns=turns)
             shorter = encode(cut, media, template, layout, train_on=train_on)
             if len(shorter.input_ids) <= policy.max_length:
                 return Fitted(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatialvlm.data.arrow_rows import ArrowRows
-from spatialvlm.data.sample import Sample
+from spatialvlm.data.sample import MediaRef, Sample
 from spatialvlm.data.sources import Source
 from spatialvlm.errors import DataError
 
@@ -63,31 +63,43 @@ def media_and_prefix_key(sample: Sample, salt: bytes = b"") -> tuple[int, int]:
     """
     if not sample.media:
         return 0, 0
-    media = "\0".join(
-        [
-            f"{r.kind}\0{r.store}\0{r.path}\0{r.member}\0{r.clip_s or ''}\0{r.frames or ''}"
-            for r in sample.media
-        ]
-    )
     system = ""
     for turn in sample.turns:
         if turn.role == "user":
             break
         system = turn.text
     parts, last = turn.parts, len(sample.media) - 1
-    media_hash = stable_hash(salt, media)
-    if last not in parts:
-        return media_hash, 0
-    until = len(parts) - 1 - parts[::-1].index(last)
-    text = "\0".join([p if isinstance(p, str) else f"\1{p}" for p in parts[: until + 1]])
+    head = parts[: parts.index(last) + 1] if last in parts else None
     marks = str(sample.marks) if sample.marks else ""
-    flags = f"{sample.geometry}{sample.same_scene}{sample.frames_pinned}"
-    return media_hash, stable_hash(salt, f"{system}\0{text}\0{marks}\0{flags}\0{media}")
+    flags = (sample.geometry, sample.same_scene, sample.frames_pinned)
+    return _media_and_prefix_hash(salt, sample.media, system, head, marks, flags)
+
+
+@functools.lru_cache(maxsize=1024)  # neighbouring rows often share their media
+def _media_and_prefix_hash(
+    salt: bytes,
+    media: tuple[MediaRef, ...],
+    system: str,
+    head: tuple[str | int, ...] | None,
+    marks: str,
+    flags: tuple[object, ...],
+) -> tuple[int, int]:
+    refs = "\0".join(
+        [
+            f"{r.kind}\0{r.store}\0{r.path}\0{r.member}\0{r.clip_s or ''}\0{r.frames or ''}"
+            for r in media
+        ]
+    )
+    if head is None:
+        return stable_hash(salt, refs), 0
+    text = "\0".join([p if isinstance(p, str) else f"\1{p}" for p in head])
+    prefix = f"{system}\0{text}\0{marks}\0{''.join(map(str, flags))}\0{refs}"
+    return stable_hash(salt, refs), stable_hash(salt, prefix)
 
 
 @functools.lru_cache(maxsize=1024)
 def stable_hash(salt: bytes, text: str) -> int:
-    """64 bits of blake2b, never 0. Neighbouring rows often share their media, hence the cache."""
+    """64 bits of blake2b, never 0."""
     data = salt + text.encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") or 1
 

@@ -9,7 +9,7 @@ together, a *lane* all units of one size of one source.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -43,8 +43,7 @@ class World:
         assert 0 <= self.rank < self.size, f"rank {self.rank} of {self.size}"
 
 
-@dataclass(frozen=True, slots=True)
-class MediaRef:
+class MediaRef(NamedTuple):
     """Where one image or video lies. Nothing is opened."""
 
     kind: Literal["image", "video"]
@@ -61,8 +60,7 @@ class MediaRef:
     """Seconds, half-open."""
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """One message; ``parts`` are text or indices into ``Sample.media``, in the order the model sees."""
 
     role: Role
@@ -76,8 +74,7 @@ class Turn:
         return "".join(part for part in self.parts if isinstance(part, str))
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """One conversation with its media, in the same form whatever file it came from."""
 
     uid: str
@@ -104,7 +101,7 @@ class Sample:
     margin: float | None = None
     weight: float = 1.0
     """Multiplies the sample's loss."""
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = {}
     """Everything else of the row, as JSON values."""
 
 

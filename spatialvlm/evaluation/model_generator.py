@@ -159,4 +159,4 @@ class PackGenerator:
             return MediaRef("video", "frames", path, "\n".join(names), frames=frames)
         ref = MediaRef("video", "frames" if Path(path).is_dir() else "file", path)
         count = self.store.header(ref).num_frames
-        return replace(ref, frames=tuple(frame_indices(count, self.frames, self.frame_policy)))
+        return ref._replace(frames=tuple(frame_indices(count, self.frames, self.frame_policy)))

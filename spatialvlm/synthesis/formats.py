@@ -12,7 +12,7 @@ ablation of formats regenerates nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -236,8 +236,7 @@ class FormatExpander:
             for index, turn in enumerate(sample.turns)
         )
         boxes_in_text = text_and_view(format_id)[0] in (3, 4)
-        return replace(
-            sample,
+        return sample._replace(
             turns=turns,
             marks=expansion.marks,
             coords="norm1000" if boxes_in_text else sample.coords,
@@ -253,4 +252,4 @@ def _replace_turn(turn: Turn, places: Sequence[tuple[int, int, int]], expansion:
     shift = len(text) - len(text.lstrip("\n"))
     parts = list(turn.parts)
     parts[index] = replace_names(text, places, expansion, shift)
-    return replace(turn, parts=tuple(parts))
+    return turn._replace(parts=tuple(parts))

@@ -155,7 +155,7 @@ def read_row(
             for number, item in enumerate(row)
             for sample in read_row(item, fmt, source, place._replace(sub=number))
         ]
-    if not isinstance(row, Mapping):
+    if not isinstance(row, dict):
         raise place.error("schema", f"is {type(row).__name__}, not an object.")
     samples = fmt.read(row, source, place, fmt)
     for sample in samples:
@@ -165,9 +165,9 @@ def read_row(
 
 def _check_unicode(sample: Sample, place: Place) -> None:
     """Refuse half surrogate pairs: JSON can write them, tokenizers and file systems cannot take them."""
-    texts = [ref.path + ref.member for ref in sample.media]
-    for turn in sample.turns:
-        texts += [part for part in turn.parts if isinstance(part, str)]
+    texts = [part for turn in sample.turns for part in turn.parts if isinstance(part, str)]
+    for ref in sample.media:
+        texts += [ref.path, ref.member]
     for text in texts:
         if not text.isascii():
             try:

@@ -11,9 +11,11 @@ from spatialvlm.data.formats.conversation import check_turns
 from spatialvlm.data.formats.fields import number_or_none
 from spatialvlm.data.formats.rows import parse_marks
 from spatialvlm.data.sample import MediaRef, Sample, Turn
+from spatialvlm.typing import MarkSpec
 
 _ROLES = ("system", "user", "assistant")
-_MEDIA_FIELDS = {field.name for field in dataclasses.fields(MediaRef)}
+_MEDIA_FIELDS = set(MediaRef._fields)
+_MARK_DEFAULTS = {field.name: field.default for field in dataclasses.fields(MarkSpec)}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "geometry": ("auto", "on", "off"),
     "coords": ("abs_source", "abs_resized", "norm1000", "norm1", "none"),
@@ -22,25 +24,18 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 def sample_to_json(sample: Sample) -> dict[str, Any]:
     """A JSON object; fields at their defaults are left out."""
-    row: dict[str, Any] = {}
-    for field in dataclasses.fields(sample):
-        value = getattr(sample, field.name)
-        if field.default is not dataclasses.MISSING and value == field.default:
-            continue
-        if field.name == "turns":
-            value = [
-                {"role": t.role, "parts": list(t.parts)} | ({} if t.train else {"train": False})
-                for t in value
-            ]
-        elif field.name in ("media", "marks"):
-            value = [_changed(item) for item in value]
-        elif isinstance(value, tuple):
-            value = list(value)
-        elif field.name == "meta":
-            if not value:
-                continue
-            value = dict(value)
-        row[field.name] = value
+    row = _changed(sample._asdict(), Sample._field_defaults)
+    row["turns"] = [
+        {"role": t.role, "parts": list(t.parts)} | ({} if t.train else {"train": False})
+        for t in sample.turns
+    ]
+    if sample.media:
+        row["media"] = [_changed(ref._asdict(), MediaRef._field_defaults) for ref in sample.media]
+    if sample.marks:
+        row["marks"] = [
+            _changed({name: getattr(mark, name) for name in _MARK_DEFAULTS}, _MARK_DEFAULTS)
+            for mark in sample.marks
+        ]
     return row
 
 
@@ -100,12 +95,12 @@ def read_canonical(row: Row, attrs: SourceAttrs, place: Place, fmt: Format) -> l
     ]
 
 
-def _changed(item: Any) -> dict[str, Any]:
-    fields = {f.name: (getattr(item, f.name), f.default) for f in dataclasses.fields(item)}
+def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that are not at their defaults, tuples as lists."""
     return {
         name: list(value) if isinstance(value, tuple) else value
-        for name, (value, default) in fields.items()
-        if value != default
+        for name, value in values.items()
+        if name not in defaults or value != defaults[name]
     }
 
 

@@ -10,7 +10,6 @@ import ast
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any, cast
 
 from spatialvlm.data.formats.base import Format, Place, Row, SourceAttrs
@@ -26,10 +25,8 @@ from spatialvlm.data.sample import MediaRef, Role, Sample, Turn
 from spatialvlm.errors import DataError
 from spatialvlm.typing import MarkSpec
 
-_MARKER = re.compile(
-    r"(<\|vision_start\|>(?:<\|image_pad\|>|<\|video_pad\|>|<image>|<video>)<\|vision_end\|>"
-    r"|<\|image_pad\|>|<\|video_pad\|>|<image>|<video>)"
-)
+_ONE_MARKER = r"<(?:image|video|\|image_pad\||\|video_pad\|)>"
+_MARKER = re.compile(rf"({_ONE_MARKER}|<\|vision_start\|>{_ONE_MARKER}<\|vision_end\|>)")
 _ROLES: dict[str, Role] = {
     "human": "user",
     "user": "user",
@@ -137,7 +134,7 @@ def build_sample(
         margin=None if margin is None else number_or_none(margin),
         meta={key: v for key, v in row.items() if v is not None and key not in used},
     )
-    return replace(sample, **fields) if fields else sample
+    return sample._replace(**fields) if fields else sample
 
 
 def parse_turns(row: Row, attrs: SourceAttrs, place: Place) -> list[tuple[Role, list[Piece], bool]]:
@@ -156,7 +153,7 @@ def parse_turns(row: Row, attrs: SourceAttrs, place: Place) -> list[tuple[Role, 
     if isinstance(system, str):
         turns.append(("system", [system], False))
     for number, message in enumerate(raw):
-        if not isinstance(message, Mapping):
+        if not isinstance(message, dict):
             raise place.error(
                 "schema", f"has {type(message).__name__} as turn {number}, not an object."
             )
@@ -171,7 +168,10 @@ def parse_turns(row: Row, attrs: SourceAttrs, place: Place) -> list[tuple[Role, 
         content = message.get("value")
         if content is None:
             content = message.get("content")
-        pieces = _pieces(content, number, attrs, place)
+        if isinstance(content, str):
+            pieces = _split(content)
+        else:
+            pieces = _pieces(content, number, attrs, place)
         train = role == "assistant"
         if train and len(message) > 2:  # OpenAI's weight 0 keeps an answer as context
             train = message.get("train") is not False and message.get("weight") != 0
@@ -218,8 +218,7 @@ def _capability(row: Row, attrs: SourceAttrs, fmt: Format) -> str | None:
 
 
 def _pieces(content: Any, number: int, attrs: SourceAttrs, place: Place) -> list[Piece]:
-    if isinstance(content, str):
-        return _split(content)
+    """Pieces of content that is no plain text."""
     if isinstance(content, Mapping):
         content = [content]
     if not isinstance(content, list):
@@ -293,32 +292,25 @@ def _assign(
     place: Place,
 ) -> list[MediaRef]:
     """Replace markers by indices into the media list, in marker order; returns that list."""
-    num_image = num_video = 0
-    inline = False
-    for _, pieces, _ in turns:
-        for piece in pieces:
-            if not isinstance(piece, str):
-                num_image += piece == _IMAGE
-                num_video += piece == _VIDEO
-                inline = inline or isinstance(piece, MediaRef)
-    if not (num_image or num_video or inline):
-        if not (images or videos):
-            return []
-        first_user = next(pieces for role, pieces, _ in turns if role == "user")
-        first_user[:0] = [_IMAGE] * len(images) + [_VIDEO] * len(videos)
-    else:
-        if videos and not images and not num_video:
-            images, videos = videos, []  # <image> marks a video (VSI-590K, VLM-3R, ViCA)
-        if num_image != len(images) or num_video != len(videos):
-            raise _count_error(num_image, num_video, images, videos, place)
-    left = {_IMAGE: images[::-1], _VIDEO: videos[::-1]}
-    media: list[MediaRef] = []
+    found: list[Piece] = []
     for _, pieces, _ in turns:
         for number, piece in enumerate(pieces):
             if not isinstance(piece, str):
-                media.append(piece if isinstance(piece, MediaRef) else left[piece].pop())
-                pieces[number] = len(media) - 1
-    return media
+                pieces[number] = len(found)
+                found.append(piece)
+    if not found:
+        media = [*images, *videos]
+        if media:
+            first_user = next(pieces for role, pieces, _ in turns if role == "user")
+            first_user[:0] = range(len(media))
+        return media
+    num_image, num_video = found.count(_IMAGE), found.count(_VIDEO)
+    if videos and not images and not num_video:
+        images, videos = videos, []  # <image> marks a video (VSI-590K, VLM-3R, ViCA)
+    if num_image != len(images) or num_video != len(videos):
+        raise _count_error(num_image, num_video, images, videos, place)
+    left = {_IMAGE: iter(images), _VIDEO: iter(videos)}
+    return [next(left[piece]) if isinstance(piece, int) else piece for piece in found]  # type: ignore[misc]
 
 
 def _count_error(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from spatialvlm.data.sample import CoordConvention, Sample, Turn
@@ -73,7 +72,7 @@ def rewrite_coords(
         )
         for turn in sample.turns
     )
-    return (replace(sample, turns=turns, coords=target), count) if count else (sample, 0)
+    return (sample._replace(turns=turns, coords=target), count) if count else (sample, 0)
 
 
 def _convert(

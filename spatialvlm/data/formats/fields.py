@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, cast
@@ -123,9 +124,7 @@ def read_medium(
 ) -> MediaRef:
     """One entry of a media field: a path, ``{bytes, path}``, or a nested typed part."""
     if isinstance(value, str):
-        if kind == "image":
-            return MediaRef("image", "file", media_path(attrs.base, value))
-        return video_ref(attrs.base, value, clip)
+        return _file_medium(kind, attrs.base, value, clip)
     if (
         isinstance(value, list)
         and kind == "video"
@@ -147,6 +146,13 @@ def read_medium(
         "schema",
         f'has {short(value)} in "{key}"; expected a path, a list of paths, or {{bytes, path}}.',
     )
+
+
+@functools.lru_cache(maxsize=1024)  # neighbouring rows often share their media
+def _file_medium(kind: str, base: str, path: str, clip: tuple[float, float] | None) -> MediaRef:
+    if kind == "image":
+        return MediaRef("image", "file", media_path(base, path))
+    return video_ref(base, path, clip)
 
 
 def short(value: Any) -> str:

@@ -213,7 +213,7 @@ class MediaInfo:
         frames = tuple(choices[i] for i in choose_uniform(len(choices), num_frames))
         return replace(
             self,
-            ref=replace(self.ref, frames=frames),
+            ref=self.ref._replace(frames=frames),
             **_timing(frames, self.header, self.temporal, self.grid[1:]),
         )
 
@@ -251,7 +251,7 @@ def plan_media(
     size = policy.video_size(len(frames), height, width)
     rows_cols = (size[0] // policy.patch, size[1] // policy.patch)
     return MediaInfo(
-        replace(ref, frames=frames),
+        ref._replace(frames=frames),
         header,
         size,
         temporal=policy.temporal,

@@ -1,7 +1,6 @@
 """Readers: every format's fixture, the rules on media, markers and turns, and reasons of rejected rows."""
 
 import json
-from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -142,7 +141,7 @@ def test_real_joined_questions(real_dir):
 def test_spar_carriers_agree(data_dir):
     plain = read_all(open_source(data_dir / "formats", "spar.jsonl"))[0]
     packed = read_all(open_source(data_dir / "formats", "spar_info.jsonl"))[0]
-    assert replace(packed, uid=plain.uid) == plain
+    assert packed._replace(uid=plain.uid) == plain
     assert [(m.color, m.image, m.xy) for m in plain.marks] == [
         ("red", 0, (100.0, 200.0)),
         ("blue", 2, (300.0, 400.0)),
@@ -514,7 +513,7 @@ def test_canonical_rows_come_back_unchanged(data_dir, name):
     for sample in read_all(open_source(data_dir / "formats", name)):
         row = json.loads(json.dumps(sample_to_json(sample)))
         (again,) = read_row(row, FORMATS["canonical"], SourceAttrs("s", "spatial"))
-        assert replace(again, uid=sample.uid) == sample
+        assert again._replace(uid=sample.uid) == sample
 
 
 @pytest.mark.parametrize(
