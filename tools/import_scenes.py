@@ -3,8 +3,11 @@ r"""Import scenes of a public dataset into the one schema that the data engine r
     python tools/import_scenes.py --source embodiedscan --root data/embodiedscan --out data/scenes/embodiedscan
     python tools/import_scenes.py --source scannet --root data/scannet --out data/scenes/scannet \
         --frames 32 --workers 8
+    python tools/import_scenes.py --source vla3d --root data/VLA-3D --rgb-root data/scenes/scannet \
+        --out data/scenes/vla3d
 
-Each scene goes to ``<out>/<source>/<id>/scene.json``; pictures stay where they are unless they must be
+Sources: embodiedscan, scannet, scannetpp, arkitscenes, hypersim, vsi_meta (VSI-Bench and VLM-3R), vla3d,
+openspatial (parquet in OpenSpatial's columns). Each scene goes to ``<out>/<source>/<id>/scene.json``; pictures stay where they are unless they must be
 extracted or turned (then they go to ``<out>/media``). Skips are counted by reason, failing scenes are listed
 in ``<out>/import.json`` and bounded by ``--max-failed``. Scenes of evaluation sets are left out unless
 ``--allow-contaminated``.
@@ -27,6 +30,7 @@ from spatialvlm.scenes.importers import (
     arkitscenes,
     embodiedscan,
     hypersim,
+    openspatial,
     scannet,
     scannetpp,
     vla3d,
@@ -43,6 +47,7 @@ IMPORTERS: dict[str, ModuleType] = {
     "hypersim": hypersim,
     "vsi_meta": vsi_meta,
     "vla3d": vla3d,
+    "openspatial": openspatial,
 }
 Job = tuple[str, str, Path, Path, ImportOptions, Blacklist | None]
 
@@ -76,6 +81,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--source", choices=sorted(IMPORTERS), required=True)
     parser.add_argument("--root", type=Path, required=True, help="folder of the dataset")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--rgb-root", type=Path, help="imported scenes that lend their frames (vla3d)"
+    )
     parser.add_argument("--frames", default="32", help="evenly spaced frames per scene, or 'all'")
     parser.add_argument("--upright", action="store_true", help="turn sideways images")
     parser.add_argument("--occupancy", choices=("robust", "openspatial", "none"), default="robust")
@@ -95,8 +103,12 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--frames must be 'all' or a positive number, got {arguments.frames!r}")
     if arguments.workers < 1:
         parser.error(f"--workers must be at least 1, got {arguments.workers}")
-    if not arguments.root.is_dir():
-        parser.error(f"--root {arguments.root} is not a folder")
+    if arguments.rgb_root is not None and arguments.source != "vla3d":
+        parser.error("--rgb-root is for --source vla3d; the other sources have their own images")
+    for name in ("root", "rgb_root"):
+        folder = getattr(arguments, name)
+        if folder is not None and not folder.is_dir():
+            parser.error(f"--{name.replace('_', '-')} {folder} is not a folder")
     return arguments
 
 
@@ -119,6 +131,7 @@ def main() -> int:
         upright=arguments.upright,
         occupancy=arguments.occupancy,
         media=out / "media",
+        rgb_root=arguments.rgb_root and arguments.rgb_root.resolve(),
     )
     try:
         lists = [*shipped_lists(), *(load_list(path) for path in arguments.blacklist)]

@@ -1,8 +1,13 @@
 """Floor area of a room: from its polygon, or from the points of its floor plan."""
 
+from pathlib import Path
+
 import numpy as np
 from jaxtyping import Float
 from scipy.spatial import Delaunay, QhullError, cKDTree
+
+from spatialvlm.scenes.ply import read_vertices
+from spatialvlm.scenes.schema import Room, Scene
 
 MAX_POINTS = 10_000
 MIN_POINTS = 2_000
@@ -50,3 +55,38 @@ def alpha_area(points_xy: Float[np.ndarray, "N 2"], alpha: float | None = None) 
     with np.errstate(divide="ignore", invalid="ignore"):
         circumradius = sides.prod(axis=1) / (4 * area)
     return float(area[circumradius < 1 / alpha].sum())
+
+
+def room_of_points(points: Float[np.ndarray, "N 3"]) -> Room:
+    """Floor height and area of a room from the points of its scan.
+
+    Args:
+        points: Vertices of the whole scan in the world, z up, metres.
+
+    Returns:
+        A room without polygon; the area stays unknown with fewer than 2,000 points.
+    """
+    area = alpha_area(points[:, :2]) if len(points) >= MIN_POINTS else None
+    return Room(
+        floor_z=float(np.percentile(points[:, 2], 1.0)) if len(points) else 0.0,
+        area_m2=area,
+        area_method="none" if area is None else "alpha",
+    )
+
+
+def scanned_room(path: Path) -> Room | None:
+    """Room of a scan's mesh or point file (PLY); ``None`` when there is no such file."""
+    return room_of_points(read_vertices(path)) if path.is_file() else None
+
+
+def floor_area(scene: Scene) -> float | None:
+    """Floor area in square metres: stated, of the polygon, or of the points; ``None`` when unknown."""
+    room = scene.room
+    if room is not None and room.area_m2 is not None:
+        return float(room.area_m2)
+    if room is not None and room.polygon_xy is not None:
+        return polygon_area(np.array(room.polygon_xy))
+    if scene.points is None:
+        return None
+    found = scanned_room(scene.path(scene.points))
+    return None if found is None else found.area_m2

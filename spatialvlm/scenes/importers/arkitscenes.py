@@ -2,8 +2,9 @@
 
 Expected: ``<split>/<video>/<video>_3dod_annotation.json`` and ``<video>_frames/`` with ``lowres_wide.traj``,
 ``lowres_wide/*.png``, ``lowres_depth/*.png`` (mm) and ``lowres_wide_intrinsics/*.pincam``. A trajectory line
-is ``timestamp, axis-angle, translation`` of **camera from world**; it is inverted here. ``metadata.csv`` at
-the root gives the visit (room) and the sky direction.
+is ``timestamp, axis-angle, translation`` of **camera from world**; it is inverted here. ``metadata.csv`` or
+``3dod_train_val_splits.csv`` at the root gives the visit (room), the former also the sky direction; without
+one the poses tell. ``<video>_3dod_mesh.ply`` gives the floor area.
 """
 
 import csv
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from spatialvlm.errors import ImporterError
+from spatialvlm.scenes.areas import scanned_room
 from spatialvlm.scenes.importers.common import (
     FrameList,
     ImportOptions,
@@ -22,6 +24,7 @@ from spatialvlm.scenes.importers.common import (
     ObjectList,
     choose_frames,
     measure_visibility,
+    quarter_turns_to_upright,
     turn_scene,
 )
 from spatialvlm.scenes.schema import Frame, Scene
@@ -29,6 +32,7 @@ from spatialvlm.scenes.transforms import Array, invert_rigid, rigid
 
 LICENSE = "ARKitScenes-CC-BY-NC-SA"
 MAX_TIME_GAP_S = 0.1
+METADATA = ("metadata.csv", "3dod_train_val_splits.csv")
 # Counter-clockwise quarter turns that bring the sky to the top.
 SKY_TURNS = {"Up": 0, "Left": 3, "Right": 1, "Down": 2}
 
@@ -53,26 +57,32 @@ def read_scene(root: Path, name: str, options: ImportOptions, report: ImportRepo
     """
     folder = root / name
     video = folder.name
-    meta = _metadata(root / "metadata.csv").get(video, {})
+    meta = _metadata(root).get(video, {})
+    visit = meta.get("visit_id", "")
     scene = Scene(
         scene_id=f"arkitscenes/{video}",
-        room_id=f"arkitscenes/{meta.get('visit_id') or video}",
+        # The tables say NA where the visit is not known.
+        room_id=f"arkitscenes/{visit if visit.isdigit() else video}",
         source="arkitscenes",
         objects=_objects(folder / f"{video}_3dod_annotation.json", report).finish(),
         frames=_frames(folder / f"{video}_frames", options, report),
         split={"Training": "train", "Validation": "val"}.get(name.split("/")[0], "test"),
         license=LICENSE,
+        room=scanned_room(folder / f"{video}_3dod_mesh.ply"),
         root=folder / f"{video}_frames",
     )
-    turns = SKY_TURNS.get(meta.get("sky_direction", "Up"), 0)
-    if options.upright and turns:
-        scene = turn_scene(scene, lambda _: turns, options)
+    if options.upright:
+        turns = SKY_TURNS.get(meta.get("sky_direction", ""))
+        scene = turn_scene(
+            scene, quarter_turns_to_upright if turns is None else lambda _: turns, options
+        )
     return measure_visibility(scene, report, occupancy=options.occupancy)
 
 
 @lru_cache(maxsize=2)
-def _metadata(path: Path) -> dict[str, dict[str, str]]:
-    if not path.is_file():
+def _metadata(root: Path) -> dict[str, dict[str, str]]:
+    path = next((root / name for name in METADATA if (root / name).is_file()), None)
+    if path is None:
         return {}
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)

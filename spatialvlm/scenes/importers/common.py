@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import yaml
+from jaxtyping import Float
 from PIL import Image
 
 from spatialvlm.errors import BoxError, CameraError, ImporterError, SceneSchemaError
@@ -57,6 +58,8 @@ class ImportOptions:
     occupancy: OccupancyRule = "robust"
     media: Path | None = None
     """Folder for pictures that have to be extracted or turned; beside the scene when ``None``."""
+    rgb_root: Path | None = None
+    """Imported scenes of the source datasets, whose frames boxes without images borrow (VLA-3D)."""
 
 
 @lru_cache(maxsize=1)
@@ -177,9 +180,25 @@ def merge_duplicates(objects: Sequence[Object], report: ImportReport) -> list[Ob
     return kept
 
 
+def stored_size(path: Path, report: ImportReport) -> tuple[int, int] | None:
+    """``(width, height)`` of an image file; ``None`` and a count when the file is missing.
+
+    Raises:
+        ImporterError: The file is there but no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except FileNotFoundError:
+        report.count("missing_image")
+        return None
+    except OSError as error:
+        raise ImporterError(f"{path}: cannot be opened as an image: {error}.") from error
+
+
 @dataclass
 class FrameList:
-    """Collects frames leniently: a pose that is not finite or not rigid is dropped and counted."""
+    """Collects frames leniently: what has no valid pose or intrinsics is dropped and counted."""
 
     report: ImportReport
     frames: list[Frame] = field(default_factory=list)
@@ -199,6 +218,11 @@ class FrameList:
         pose = np.asarray(world_from_cam, dtype=np.float64)
         if not np.isfinite(pose).all():
             self.report.count("bad_pose")
+            return
+        try:
+            Camera(k, np.eye(4), width, height)
+        except CameraError:
+            self.report.count("bad_intrinsics")
             return
         try:
             camera = Camera(k, pose, width, height)
@@ -224,9 +248,9 @@ class FrameList:
             SceneSchemaError: No frame is left.
         """
         if not self.frames:
-            raise SceneSchemaError(
-                f"{scene_id}: no usable frame ({self.report.counters['bad_pose']} without a valid pose)."
-            )
+            reasons = ("bad_pose", "bad_intrinsics", "missing_image")
+            counts = [f"{name} {self.report.counters[name]}" for name in reasons]
+            raise SceneSchemaError(f"{scene_id}: no usable frame ({', '.join(counts)}).")
         if all(frame.time_s is not None for frame in self.frames):
             self.frames.sort(key=lambda frame: frame.time_s or 0.0)
         return self.frames
@@ -297,6 +321,33 @@ def turn_scene(scene: Scene, turns_of: Callable[[Camera], int], options: ImportO
         )
         frames.append(turned)
     return replace(scene, frames=frames)
+
+
+def depth_in_view(
+    depth: npt.NDArray[np.uint16],
+    depth_intrinsics: Float[np.ndarray, "3 3"],
+    view: tuple[Array, int, int],
+) -> npt.NDArray[np.uint16]:
+    """Depth of a sensor with its own lens, as the colour camera at the same place sees it.
+
+    Args:
+        depth: ``[h, w]`` raw values.
+        depth_intrinsics: Pinhole matrix of the depth image, pixels.
+        view: Intrinsics, width and height of the colour image.
+
+    Returns:
+        ``[H, W]`` raw values by nearest pixel; 0 where the depth sensor does not look.
+    """
+    intrinsics, width, height = view
+    u = (np.arange(width) + 0.5 - intrinsics[0, 2]) / intrinsics[0, 0]
+    v = (np.arange(height) + 0.5 - intrinsics[1, 2]) / intrinsics[1, 1]
+    column = np.floor(u * depth_intrinsics[0, 0] + depth_intrinsics[0, 2]).astype(int)
+    row = np.floor(v * depth_intrinsics[1, 1] + depth_intrinsics[1, 2]).astype(int)
+    inside = ((row >= 0) & (row < depth.shape[0]))[:, None] & (
+        (column >= 0) & (column < depth.shape[1])
+    )
+    seen = depth[row.clip(0, depth.shape[0] - 1)[:, None], column.clip(0, depth.shape[1] - 1)]
+    return np.where(inside, seen, 0).astype(np.uint16)
 
 
 def measure_visibility(

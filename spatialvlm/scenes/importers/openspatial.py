@@ -4,14 +4,15 @@ Columns: ``image`` (list of paths), ``depth_map``, ``pose`` (camera to world, 4x
 ``obj_tags``, ``bboxes_3d_world_coords`` (nine numbers each), ``depth_scale``, ``is_metric_depth``,
 ``scene_id`` and optionally ``axis_align_matrix``. A scalar ``depth_scale`` or a single ``intrinsic`` holds
 for all views. The nine numbers follow EmbodiedScan's convention unless ``convention="openspatial"``.
+Paths are relative to the folder of the parquet file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
 from spatialvlm.errors import ImporterError
 from spatialvlm.scenes.blacklist import room_of
@@ -23,11 +24,59 @@ from spatialvlm.scenes.importers.common import (
     ObjectList,
     choose_frames,
     measure_visibility,
+    stored_size,
 )
 from spatialvlm.scenes.schema import SOURCES, Scene
 
 Convention = Literal["embodiedscan_zxy", "openspatial"]
 REQUIRED = ("image", "pose", "intrinsic", "obj_tags", "bboxes_3d_world_coords", "scene_id")
+
+
+def list_scenes(root: Path) -> list[str]:
+    """``<file>::<row>`` of every row of the parquet files in ``root``."""
+    import pyarrow.parquet as pq
+
+    return [
+        f"{path.name}::{row}"
+        for path in sorted(root.glob("*.parquet"))
+        for row in range(pq.ParquetFile(path).metadata.num_rows)
+    ]
+
+
+def read_scene(root: Path, name: str, options: ImportOptions, report: ImportReport) -> Scene:
+    """One row by the name that :func:`list_scenes` gave, read in EmbodiedScan's convention.
+
+    Raises:
+        ImporterError: The file is damaged, or a column is missing or of another length.
+    """
+    file, _, row = name.partition("::")
+    return from_columns(_rows(root / file)[int(row)], root, options, report)
+
+
+def iter_scenes(root: Path, options: ImportOptions, report: ImportReport) -> Iterator[Scene]:
+    """All rows of the parquet files in ``root``."""
+    for name in list_scenes(root):
+        yield read_scene(root, name, options, report)
+
+
+@lru_cache(maxsize=1)
+def _rows(path: Path) -> list[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ImporterError(f"{path}: not a readable parquet file: {error}.") from error
+    return rows
+
+
+def write_rows(scenes: Iterable[Scene], path: Path) -> None:
+    """Write scenes with stored images as rows of OpenSpatial's columns."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist([to_columns(scene) for scene in scenes]), path)
 
 
 def from_columns(
@@ -75,6 +124,8 @@ def from_columns(
         zip(row["obj_tags"], row["bboxes_3d_world_coords"], strict=True)
     ):
         numbers = [float(v) for v in values]
+        if not codec.angles_in_range(numbers):
+            report.count("angle_range")
         rotation = codec.decode([0, 0, 0, 1, 1, 1, *np.nan_to_num(numbers[6:9])]).rotation
         objects.add(
             (numbers[:3], numbers[3:6], rotation),
@@ -86,17 +137,15 @@ def from_columns(
     depths, scales = per_view("depth_map", None, 0), per_view("depth_scale", 1000.0, 0)
     frames = FrameList(report)
     for index in choose_frames(count, options.num_frames):
-        try:
-            with Image.open(root / images[index]) as opened:
-                width, height = opened.size
-        except OSError as error:
-            raise ImporterError(f"{root / images[index]}: cannot be opened: {error}.") from error
+        size = stored_size(root / images[index], report)
+        if size is None:
+            continue
         frames.add(
             f"{index:05d}",
             intrinsics=intrinsics[index],
             world_from_cam=align @ np.asarray(poses[index], dtype=np.float64),
-            width=width,
-            height=height,
+            width=size[0],
+            height=size[1],
             rgb=images[index],
             depth=depths[index],
             depth_scale=float(scales[index]),

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from spatialvlm.errors import BoxError, ImporterError
-from spatialvlm.scenes.areas import alpha_area
+from spatialvlm.scenes.areas import room_of_points
 from spatialvlm.scenes.blacklist import room_of
 from spatialvlm.scenes.importers.common import (
     FrameList,
@@ -25,11 +25,12 @@ from spatialvlm.scenes.importers.common import (
     ObjectList,
     choose_frames,
     measure_visibility,
+    stored_size,
 )
-from spatialvlm.scenes.importers.ply import read_vertices
 from spatialvlm.scenes.importers.sens import SensReader
 from spatialvlm.scenes.obb_fit import fit_upright_box
-from spatialvlm.scenes.schema import Frame, Object, Room, Scene
+from spatialvlm.scenes.ply import read_vertices
+from spatialvlm.scenes.schema import Frame, Object, Scene
 from spatialvlm.scenes.transforms import Array, transform_points
 
 LICENSE = "ScanNet-TOU"
@@ -62,8 +63,6 @@ def read_scene(root: Path, name: str, options: ImportOptions, report: ImportRepo
     objects, object_ids = _objects(root, folder, native, vertices, report)
     media = ((options.media or folder.parent / "extracted") / "scannet" / native).resolve()
     frames = _frames(folder, media, align, object_ids, options, report)
-    floor_z = float(np.percentile(vertices[:, 2], 1.0))
-    area = alpha_area(vertices[:, :2])
     scene = Scene(
         scene_id=scene_id,
         room_id=room_of(scene_id),
@@ -71,7 +70,7 @@ def read_scene(root: Path, name: str, options: ImportOptions, report: ImportRepo
         objects=objects,
         frames=frames,
         license=LICENSE,
-        room=Room(floor_z=floor_z, area_m2=area, area_method="alpha" if area else "none"),
+        room=room_of_points(vertices),
         root=folder,
     )
     return measure_visibility(scene, report, occupancy=options.occupancy)
@@ -212,13 +211,13 @@ def _exported_frames(
     frames = FrameList(report)
     for index in choose_frames(len(poses), options.num_frames):
         stem = poses[index].stem
-        image = folder / "color" / f"{stem}.jpg"
+        size = stored_size(folder / "color" / f"{stem}.jpg", report)
+        if size is None:
+            continue
         try:
-            with Image.open(image) as opened:
-                width, height = opened.size
             pose = np.loadtxt(poses[index])
-        except (OSError, ValueError) as error:
-            raise ImporterError(f"{image}: frame {stem} cannot be read: {error}.") from error
+        except ValueError as error:
+            raise ImporterError(f"{poses[index]}: not a matrix: {error}.") from error
         instance = folder / "instance-filt" / f"{stem}.png"
         depth = folder / "depth" / f"{stem}.png"
         with np.errstate(invalid="ignore"):
@@ -227,8 +226,8 @@ def _exported_frames(
             stem,
             intrinsics=_half_pixel(color),
             world_from_cam=aligned,
-            width=width,
-            height=height,
+            width=size[0],
+            height=size[1],
             rgb=f"color/{stem}.jpg",
             depth=f"depth/{stem}.png" if depth.is_file() else None,
             instance_map=_instance_map(instance, media, object_ids) if instance.is_file() else None,

@@ -1,24 +1,27 @@
 """ScanNet++ (Yeshwanth et al., ICCV 2023): iPhone or DSLR frames, oriented boxes of ``segments_anno.json``.
 
 Expected: ``data/<scene>/scans/segments_anno.json`` with either
-``iphone/{pose_intrinsic_imu.json, rgb/*.jpg, depth.bin}`` or ``dslr/nerfstudio/transforms_undistorted.json``
-and ``dslr/undistorted_images``. Box axes are the **rows** of ``normalizedAxes``, and the vertical one is
+``iphone/{pose_intrinsic_imu.json, depth.bin}`` and the pictures in ``iphone/rgb/*.jpg`` or still inside
+``iphone/rgb.mp4`` (earlier ``rgb.mkv``), or ``dslr/nerfstudio/transforms_undistorted.json`` and
+``dslr/undistorted_images``. ``scans/mesh_aligned_0.05.ply`` gives the floor area. Box axes are the **rows** of ``normalizedAxes``, and the vertical one is
 usually the second, so axes are relabelled before anything is called a height. ``depth.bin`` holds 192x256
 frames, each either zlib-compressed as a whole (float32) or framed as lz4 blocks (uint16 millimetres).
 """
 
 import json
+import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from spatialvlm.errors import BackendUnavailableError, ImporterError
+from spatialvlm.scenes.areas import scanned_room
 from spatialvlm.scenes.importers.common import (
     FrameList,
     ImportOptions,
@@ -26,11 +29,13 @@ from spatialvlm.scenes.importers.common import (
     ObjectList,
     choose_frames,
     measure_visibility,
+    stored_size,
 )
 from spatialvlm.scenes.schema import Frame, Scene
 
 LICENSE = "ScanNet++-TOU"
 DEPTH_SHAPE = (192, 256)
+READ_BYTES = 2**20
 FLIP_YZ = np.diag([1.0, -1.0, -1.0, 1.0])
 """OpenGL camera axes to OpenCV: the second and third column change sign."""
 
@@ -83,6 +88,7 @@ def read_scene(root: Path, name: str, options: ImportOptions, report: ImportRepo
         objects=objects.finish(),
         frames=frames,
         license=LICENSE,
+        room=scanned_room(folder / "scans" / "mesh_aligned_0.05.ply"),
         root=folder,
     )
     return measure_visibility(scene, report, occupancy=options.occupancy)
@@ -105,69 +111,102 @@ def _iphone(
     names = sorted(entries)
     frames = FrameList(report)
     chosen = choose_frames(len(names), options.num_frames)
-    media = ((options.media or folder.parent / "extracted") / scene_id / "depth").resolve()
+    media = ((options.media or folder.parent / "extracted") / scene_id).resolve()
+    pictures = _pictures(folder / "iphone", names, chosen, media)
     depth_file = folder / "iphone" / "depth.bin"
     depths = read_depth_bin(depth_file, set(chosen)) if depth_file.is_file() else {}
     for index in chosen:
         name = names[index]
-        image = folder / "iphone" / "rgb" / f"{name}.jpg"
-        try:
-            with Image.open(image) as opened:
-                width, height = opened.size
-        except OSError as error:
-            raise ImporterError(f"{image}: cannot be opened: {error}.") from error
+        size = stored_size(pictures[index], report)
+        if size is None:
+            continue
         depth_path = None
         if index in depths:
-            media.mkdir(parents=True, exist_ok=True)
-            depth_path = str(media / f"{name}.png")
+            (media / "depth").mkdir(parents=True, exist_ok=True)
+            depth_path = str(media / "depth" / f"{name}.png")
             Image.fromarray(depths[index]).save(depth_path)
         frames.add(
             name,
             intrinsics=entries[name]["intrinsic"],
             world_from_cam=entries[name].get("aligned_pose", entries[name]["pose"]),
-            width=width,
-            height=height,
-            rgb=f"iphone/rgb/{name}.jpg",
+            width=size[0],
+            height=size[1],
+            rgb=os.path.relpath(pictures[index], folder),
             depth=depth_path,
             time_s=entries[name].get("timestamp"),
         )
     return frames.finish(scene_id)
 
 
+def _pictures(
+    folder: Path, names: Sequence[str], chosen: Sequence[int], media: Path
+) -> dict[int, Path]:
+    """Paths of the chosen pictures; taken out of the video when nobody has extracted them yet."""
+    video = next((folder / v for v in ("rgb.mp4", "rgb.mkv") if (folder / v).is_file()), None)
+    if (folder / "rgb").is_dir() or video is None:
+        return {index: folder / "rgb" / f"{names[index]}.jpg" for index in chosen}
+    paths = {index: media / "rgb" / f"{names[index]}.jpg" for index in chosen}
+    (media / "rgb").mkdir(parents=True, exist_ok=True)
+    import av
+
+    try:
+        with av.open(str(video)) as container:
+            for index, frame in enumerate(container.decode(video=0)):
+                if index in paths:
+                    frame.to_image().save(paths[index], quality=95)
+                if index >= max(paths):
+                    break
+    except av.FFmpegError as error:
+        raise ImporterError(f"{video}: cannot be decoded: {error}.") from error
+    return paths
+
+
 def read_depth_bin(
     path: Path, wanted: set[int], shape: tuple[int, int] = DEPTH_SHAPE
 ) -> dict[int, npt.NDArray[np.uint16]]:
-    """Chosen frames of an iPhone ``depth.bin`` as uint16 millimetres.
+    """Chosen frames of an iPhone ``depth.bin`` as uint16 millimetres; the file is never held in memory.
 
     Raises:
         ImporterError: Neither of the two layouts fits.
         BackendUnavailableError: The file needs the ``lz4`` package.
     """
-    data = path.read_bytes()
-    height, width = shape
-    try:
-        whole = zlib.decompress(data, wbits=-zlib.MAX_WBITS)
-    except zlib.error:
-        whole = b""
-    if whole and len(whole) % (4 * height * width) == 0:
-        metres = np.frombuffer(whole, dtype="<f4").reshape(-1, height, width)
-        return {
-            i: np.round(metres[i] * 1000).astype(np.uint16)
-            for i in sorted(wanted)
-            if i < len(metres)
-        }
-    found: dict[int, npt.NDArray[np.uint16]] = {}
-    offset = index = 0
-    while offset + 4 <= len(data):
-        (size,) = struct.unpack_from("<I", data, offset)
-        block = data[offset + 4 : offset + 4 + size]
-        if len(block) != size:
-            raise ImporterError(f"{path}: frame {index} ends early at offset {len(data)}.")
-        if index in wanted:
-            found[index] = _decode_block(block, shape, f"{path}: frame {index} at offset {offset}")
-        offset += 4 + size
-        index += 1
+    with path.open("rb") as file:
+        whole = _read_stream(file, wanted, shape)
+        if whole is not None:
+            return whole
+        file.seek(0)
+        found: dict[int, npt.NDArray[np.uint16]] = {}
+        index = 0
+        while len(head := file.read(4)) == 4:
+            (size,) = struct.unpack("<I", head)
+            offset = file.tell()
+            block = file.read(size)
+            if len(block) != size:
+                raise ImporterError(f"{path}: frame {index} ends early at offset {file.tell()}.")
+            if index in wanted:
+                found[index] = _decode_block(block, shape, f"{path}: frame {index} at {offset}")
+            index += 1
     return found
+
+
+def _read_stream(
+    file: BinaryIO, wanted: set[int], shape: tuple[int, int]
+) -> dict[int, npt.NDArray[np.uint16]] | None:
+    """Frames of a file that is one deflate stream of float32 metres; ``None`` when it is not."""
+    frame_bytes = 4 * shape[0] * shape[1]
+    inflate, rest, index = zlib.decompressobj(wbits=-zlib.MAX_WBITS), b"", 0
+    found: dict[int, npt.NDArray[np.uint16]] = {}
+    try:
+        while data := file.read(READ_BYTES):
+            rest += inflate.decompress(data)
+            while len(rest) >= frame_bytes:
+                if index in wanted:
+                    metres = np.frombuffer(rest[:frame_bytes], dtype="<f4").reshape(shape)
+                    found[index] = np.round(metres * 1000).astype(np.uint16)
+                rest, index = rest[frame_bytes:], index + 1
+    except zlib.error:
+        return None
+    return found if index and not rest and inflate.eof else None
 
 
 def _decode_block(block: bytes, shape: tuple[int, int], where: str) -> npt.NDArray[np.uint16]:

@@ -2,25 +2,38 @@
 
 ``<scene>_object_result.csv`` holds centre, lengths and ``object_bbox_heading`` (counter-clockwise about z,
 radians); ``_`` means missing. ``<scene>_referential_statements.json`` maps each statement to a **list** of
-targets. There are no images; join them with ``--rgb-root`` of the source dataset if needed.
+targets. There are no images: import the source dataset first and name that folder (``--rgb-root``), then the
+scenes get its frames. Boxes of ScanNet are in the axis-aligned world, those of the other datasets in the
+world of the source.
 """
 
 import csv
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from spatialvlm.errors import ImporterError
 from spatialvlm.scenes.blacklist import room_of
-from spatialvlm.scenes.importers.common import ImportOptions, ImportReport, ObjectList
-from spatialvlm.scenes.schema import Room, Scene
-from spatialvlm.scenes.transforms import rz
+from spatialvlm.scenes.importers.common import (
+    ImportOptions,
+    ImportReport,
+    ObjectList,
+    choose_frames,
+    measure_visibility,
+    rebase,
+)
+from spatialvlm.scenes.io import load_scene
+from spatialvlm.scenes.schema import Frame, Room, Scene
+from spatialvlm.scenes.transforms import Array, invert_rigid, rz, transform_points
 
 SOURCES = {"scannet": "scannet", "3rscan": "3rscan", "matterport": "matterport3d", "arkitscenes": "arkitscenes",
            "hm3d": None, "unity": None}  # fmt: skip
 MISSING = "_"
+SAME_OBJECT_M = 0.5
+"""Boxes of one scan in two annotations differ by less than this (median over objects)."""
 NUMBERS = (
     "object_bbox_cx", "object_bbox_cy", "object_bbox_cz",
     "object_bbox_xlength", "object_bbox_ylength", "object_bbox_zlength", "object_bbox_heading",
@@ -34,16 +47,12 @@ def list_scenes(root: Path) -> list[str]:
     return [f"{path.parent.parent.name}/{path.parent.name}" for path in files]
 
 
-def read_scene(
-    root: Path,
-    name: str,
-    options: ImportOptions,  # noqa: ARG001 - all importers are called alike; there are no frames here
-    report: ImportReport,
-) -> Scene:
+def read_scene(root: Path, name: str, options: ImportOptions, report: ImportReport) -> Scene:
     """One scene by the name that :func:`list_scenes` gave.
 
     Raises:
-        ImporterError: A column is missing, or the dataset is not one of the known ones.
+        ImporterError: A column is missing, the dataset is not one of the known ones, or the frames below
+            ``options.rgb_root`` belong to another world.
     """
     dataset, _, native = name.partition("/")
     source = SOURCES.get(dataset.lower())
@@ -74,8 +83,7 @@ def read_scene(
             has_front=front != MISSING,
             extra={"region_id": row["region_id"]},
         )
-    report.count("no_frames")
-    return Scene(
+    scene = Scene(
         scene_id=scene_id,
         room_id=room_of(scene_id),
         source=source,
@@ -86,6 +94,59 @@ def read_scene(
         extra={"statements": _statements(folder / f"{native}_referential_statements.json", report)},
         root=folder,
     )
+    frames = [] if options.rgb_root is None else _borrowed(scene, options.rgb_root, options)
+    if not frames:
+        report.count("no_frames")
+        return scene
+    return measure_visibility(replace(scene, frames=frames), report, occupancy=options.occupancy)
+
+
+def _borrowed(scene: Scene, rgb_root: Path, options: ImportOptions) -> list[Frame]:
+    """Frames of the imported scenes of the same scan, in the world of VLA-3D's boxes.
+
+    Raises:
+        ImporterError: Objects of equal labels lie far apart: not the same world.
+    """
+    files = sorted((rgb_root / scene.scene_id).glob("**/scene.json"))
+    frames: list[Frame] = []
+    gaps: list[float] = []
+    for path in files:
+        lender = rebase(load_scene(path), scene.path("."))
+        # ScanNet's boxes are axis-aligned like the imported scene; the others keep the source's world.
+        aligned = lender.source == "scannet"
+        stored = (
+            np.eye(4) if aligned else np.array(lender.extra.get("world_from_source", np.eye(4)))
+        )
+        back = invert_rigid(stored)
+        gaps += _label_gaps(scene, lender, back)
+        prefix = f"{path.parent.name}-" if len(files) > 1 else ""
+        frames += [
+            replace(
+                frame,
+                frame_id=prefix + frame.frame_id,
+                world_from_cam=back @ frame.world_from_cam,
+                time_s=None if len(files) > 1 else frame.time_s,
+                visible=[],
+            )
+            for frame in lender.frames
+        ]
+    if gaps and float(np.median(gaps)) > SAME_OBJECT_M:
+        raise ImporterError(
+            f"{scene.scene_id}: its objects lie {np.median(gaps):.2f} m (median) from those with the same "
+            f"label in {rgb_root / scene.scene_id}; the frames there belong to another world."
+        )
+    return [frames[index] for index in choose_frames(len(frames), options.num_frames)]
+
+
+def _label_gaps(scene: Scene, lender: Scene, back: Array) -> list[float]:
+    """Distance of every object to the nearest one of the same label in the lending scene."""
+    gaps = []
+    for item in scene.objects:
+        same = [o.center for o in lender.objects if o.label == item.label]
+        if same:
+            moved = transform_points(back, np.array(same))
+            gaps.append(float(np.linalg.norm(moved - item.center, axis=1).min()))
+    return gaps
 
 
 def iter_scenes(root: Path, options: ImportOptions, report: ImportReport) -> Iterator[Scene]:

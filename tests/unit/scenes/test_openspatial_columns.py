@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from spatialvlm.errors import ImporterError
+from spatialvlm.errors import ImporterError, SceneSchemaError
 from spatialvlm.scenes.importers.common import ImportOptions, ImportReport
 from spatialvlm.scenes.importers.openspatial import from_columns, to_columns
 from spatialvlm.scenes.rooms.build import RenderConfig, RoomSpec, write_room
@@ -57,5 +57,5 @@ def test_bad_rows(room):
         read({key: value for key, value in row.items() if key != "pose"}, room)
     with pytest.raises(ImporterError, match="pose has 2 entries for 3 images"):
         read({**row, "pose": row["pose"][:2]}, room)
-    with pytest.raises(ImporterError, match="cannot be opened"):
+    with pytest.raises(SceneSchemaError, match="no usable frame .*missing_image 3"):
         read({**row, "image": ["no.jpg"] * 3}, room)

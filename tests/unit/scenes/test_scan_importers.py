@@ -18,7 +18,7 @@ from spatialvlm.scenes.boxes import Box
 from spatialvlm.scenes.cameras import Camera
 from spatialvlm.scenes.importers import arkitscenes, hypersim, scannet, scannetpp
 from spatialvlm.scenes.importers.common import ImportOptions, ImportReport, rebase
-from spatialvlm.scenes.importers.ply import read_vertices
+from spatialvlm.scenes.ply import read_vertices
 from spatialvlm.scenes.importers.sens import SensReader
 from spatialvlm.scenes.io import load_depth, load_instances, load_rgb, load_scene, save_scene
 from spatialvlm.scenes.render.raycast import cast_boxes
