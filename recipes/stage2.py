@@ -25,12 +25,9 @@ from spatialvlm.training.entry import Arguments, run_recipe
 def main(config: TrainConfig, arguments: Arguments) -> None:
     """Train stage 2 from a validated configuration."""
     # Imported here, so that a wrong recipe is answered before torch is loaded.
-    from spatialvlm.data.build import build_data
-    from spatialvlm.data.sample import World
     from spatialvlm.evaluation.build import build_probe, together
-    from spatialvlm.models.build import build_layout, build_model
+    from spatialvlm.models.build import build_layout
     from spatialvlm.models.generation import generate
-    from spatialvlm.models.isolation import probe_isolation
     from spatialvlm.synthesis.formats import DIALECT_OF, FormatExpander
     from spatialvlm.synthesis.marks import draw_marks
     from spatialvlm.training import build
@@ -49,34 +46,11 @@ def main(config: TrainConfig, arguments: Arguments) -> None:
     seed_everything(config.run.seed, rank=processes.rank)
 
     layout = build_layout(run.base, config.geometry)
-    model = build_model(
-        run.base,
-        config.geometry,
-        attention=config.packing.attention,
-        liger=config.model.liger,
-        head_rows=config.memory.head_rows,
-        dtype=build.load_dtype(config),
-        device=processes.device,
-    )
-    run.say(probe_isolation(model))
-    parts, groups = build.build_groups(config, model)
-    run.show_groups(parts, groups)
-    cost = build.build_cost(config, model)
+    model, groups, cost = build.build_trainable(config, run)
     engine = build.build_engine(config, model, groups, processes)
     state, guard = run.resume(engine)
 
-    blocked = build.SceneLists(config.data.decontamination.lists)
-    load = partial(
-        build_data,
-        checkpoint_dir=run.base,
-        layout=layout,
-        cost=cost.balance,
-        world=World(processes.rank, processes.size),
-        blocked=blocked,
-        blocked_key=blocked.key,
-        draw_marks=draw_marks,
-        report=run.say,
-    )
+    load = build.build_load(config, run, layout, cost, draw_marks)
     # Only training rows change their wording; held-out questions and benchmarks are asked as written.
     expand = FormatExpander(DIALECT_OF[layout.family])
     loader = load(config, expand_format=expand, state=state.loader or None)
@@ -91,9 +65,7 @@ def main(config: TrainConfig, arguments: Arguments) -> None:
         restore=partial(build.training_mode, model),
         draw_marks=draw_marks,
     )
-    eval_fn = together(build.build_held_out(config, load, model, processes), probe)
-
-    session = build.build_session(config, run, state, guard, loader, cost.model)
+    session = build.build_session(config, run, state, guard, loader, engine, cost)
     outcome = train(
         session.run,
         state,
@@ -104,7 +76,7 @@ def main(config: TrainConfig, arguments: Arguments) -> None:
         guard=guard,
         stop=session.stop,
         watch=session.watch,
-        eval_fn=eval_fn,
+        eval_fn=together(build.build_held_out(config, load, model, processes), probe),
     )
     close_run(config, run, state, engine, session, outcome)
     return leave(processes)

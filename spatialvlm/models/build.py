@@ -101,6 +101,7 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> SpatialVLM:
     """Load a checkpoint and, in stage 2, create or load its geometry branch.
 
@@ -114,6 +115,7 @@ def build_model(
         dtype: Of the weights.
         device: Where the model runs.
         revision: Hub revision.
+        trust_remote_code: Run the model class of the checkpoint, see the recipes' flag.
     """
     model = SpatialVLM.from_pretrained(
         checkpoint,
@@ -123,6 +125,7 @@ def build_model(
         dtype=dtype,
         device=device,
         head_rows=head_rows,
+        trust_remote_code=trust_remote_code,
     )
     _adapt(model, lora)
     if liger:

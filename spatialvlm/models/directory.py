@@ -121,10 +121,11 @@ def load(
     device: torch.device | str = "cpu",
     head_rows: int = 1024,
     linear_patches: bool = True,
+    trust_remote_code: bool = False,
 ) -> SpatialVLM:
     """Load a model directory. See :meth:`SpatialVLM.from_pretrained`."""
     folder, device = find_folder(name, revision), torch.device(device)
-    adapter = _load_backbone(folder, dtype).to(device)
+    adapter = _load_backbone(folder, dtype, trust_remote_code).to(device)
     adapter.configure(
         attention=choose(attention, device),
         vision_attention=vision_attention,
@@ -149,13 +150,17 @@ def load(
     return SpatialVLM(adapter, fusion=fusion, geometry=branch, head_rows=head_rows, source=folder)
 
 
-def _load_backbone(folder: Path, dtype: torch.dtype) -> Backbone:
+def _load_backbone(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Backbone:
     from transformers import AutoModelForImageTextToText
 
     adapter = adapter_of(require_config(folder)["model_type"])
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, local_files_only=True
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
         )
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {error}") from error

@@ -89,6 +89,7 @@ class SpatialVLM(nn.Module):
         device: torch.device | str = "cpu",
         head_rows: int = 1024,
         linear_patches: bool = True,
+        trust_remote_code: bool = False,
     ) -> SpatialVLM:
         """Load a Hugging Face directory, or one of ours with a geometry branch.
 
@@ -103,6 +104,7 @@ class SpatialVLM(nn.Module):
             device: Where the model and the encoder go.
             head_rows: Supervised rows whose logits are held at once.
             linear_patches: Compute patch convolutions as matrix products.
+            trust_remote_code: Run the model class that the directory brings along, instead of the library's.
 
         Raises:
             CheckpointError: No such model, or broken files.
@@ -121,6 +123,7 @@ class SpatialVLM(nn.Module):
             device=device,
             head_rows=head_rows,
             linear_patches=linear_patches,
+            trust_remote_code=trust_remote_code,
         )
 
     def save_pretrained(

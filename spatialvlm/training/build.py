@@ -16,12 +16,18 @@ from torch import nn
 
 from spatialvlm.config import TrainConfig
 from spatialvlm.config.data import LengthConfig
+from spatialvlm.data.build import build_data
+from spatialvlm.data.hooks import DrawMarks
+from spatialvlm.data.loader import StepLoader
+from spatialvlm.data.sample import World
 from spatialvlm.errors import ConfigError, LaunchError
-from spatialvlm.models.build import cost_coefficients
+from spatialvlm.models.build import build_model, cost_coefficients
+from spatialvlm.models.isolation import probe_isolation
 from spatialvlm.models.lora import add_adapters
 from spatialvlm.models.param_groups import freeze_modules, split_parts
 from spatialvlm.models.spatial_vlm import SpatialVLM
 from spatialvlm.scenes.blacklist import Blacklist, find_ids, load_list, shipped_lists
+from spatialvlm.sequence.layout import TokenLayout
 from spatialvlm.training.distributed import Processes, launched_with_deepspeed
 from spatialvlm.training.engines import Engine, Strategy, deepspeed_settings, make_engine
 from spatialvlm.training.evaluate_loss import HeldOutLoss
@@ -34,11 +40,13 @@ from spatialvlm.training.metrics import Meter, peak_flops
 from spatialvlm.training.optim import (
     Group,
     Parts,
+    Schedule,
     build_adamw,
     freeze_by_rate,
     make_schedule,
     plan_groups,
 )
+from spatialvlm.training.plan import check_memory, write_plan
 from spatialvlm.training.progress import Progress
 from spatialvlm.training.recorder import Recorder
 from spatialvlm.training.run import OpenRun, update_report
@@ -71,6 +79,46 @@ def learning_rates(config: TrainConfig) -> dict[str, float | None]:
 def load_dtype(config: TrainConfig) -> torch.dtype:
     """Type the initial weights are loaded in; what trains is promoted to fp32 masters afterwards."""
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
+def build_trainable(config: TrainConfig, run: OpenRun) -> tuple[SpatialVLM, list[Group], Cost]:
+    """Load the initial weights and let the parts with a learning rate train; call it before wrapping.
+
+    Prints which attention runs, the table of groups, and a warning when memory looks too small.
+
+    Returns:
+        The plain model, its optimizer groups, and its cost in FLOPs.
+
+    Raises:
+        CheckpointError: The weights cannot be loaded.
+        ConfigError: Groups do not work out, or (``memory.strict``) memory is too small.
+        IsolationError: Samples of one pack would see each other.
+    """
+    model = build_model(
+        run.base,
+        config.geometry,
+        attention=config.packing.attention,
+        liger=config.model.liger,
+        head_rows=config.memory.head_rows,
+        dtype=load_dtype(config),
+        device=run.processes.device,
+        trust_remote_code=run.trust_remote_code,
+    )
+    run.say(probe_isolation(model))
+    parts, groups = build_groups(config, model)
+    run.show_groups(parts, groups)
+    trainable = sum(group.numel for group in groups)
+    total = sum(parameter.numel() for members in parts.values() for _, parameter in members)
+    run.memory, warning = check_memory(
+        config,
+        strategy_of(config)[0],
+        run.processes,
+        trainable=trainable,
+        frozen=total - trainable,
+    )
+    if warning is not None:
+        run.say(f"warning: {warning}")
+    return model, groups, build_cost(config, model)
 
 
 def build_groups(config: TrainConfig, model: SpatialVLM) -> tuple[dict[str, Any], list[Group]]:
@@ -245,6 +293,34 @@ class SceneLists:
         return tuple(name for name, blacklist in self.lists if blacklist.hits(text))
 
 
+def build_load(
+    config: TrainConfig,
+    run: OpenRun,
+    layout: TokenLayout,
+    cost: Cost,
+    draw_marks: DrawMarks,
+) -> Callable[..., StepLoader]:
+    """:func:`~spatialvlm.data.build.build_data` with everything but the configuration bound.
+
+    Training and held-out sources are loaded by the same function, block lists included.
+
+    Raises:
+        ConfigError: An unknown block list.
+    """
+    blocked = SceneLists(config.data.decontamination.lists)
+    return partial(
+        build_data,
+        checkpoint_dir=run.base,
+        layout=layout,
+        cost=cost.balance,
+        world=World(run.processes.rank, run.processes.size),
+        blocked=blocked,
+        blocked_key=blocked.key,
+        draw_marks=draw_marks,
+        report=run.say,
+    )
+
+
 def build_held_out(
     config: TrainConfig,
     load: Callable[..., Any],
@@ -255,7 +331,7 @@ def build_held_out(
 
     Args:
         config: Recipe.
-        load: :func:`~spatialvlm.data.build.build_data` with everything but the configuration bound.
+        load: From :func:`build_load`.
         model: The plain model inside the engine.
         processes: Ranks.
     """
@@ -314,13 +390,30 @@ class Session:
             self.trackers.close()
 
 
+def build_schedule(config: TrainConfig, steps: int) -> Schedule:
+    """Learning rate of a run of ``steps`` optimizer steps.
+
+    Raises:
+        ConfigError: The warm-up does not fit.
+    """
+    section = config.schedule
+    return make_schedule(
+        section.kind,
+        steps,
+        warmup_ratio=None if section.warmup_steps is not None else section.warmup_ratio,
+        warmup_steps=section.warmup_steps,
+        min_ratio=section.min_ratio,
+    )
+
+
 def build_session(
     config: TrainConfig,
     run: OpenRun,
     state: TrainState,
     guard: Guard,
-    loader: Any,
-    cost: CostCoefficients | None,
+    loader: StepLoader,
+    engine: Engine,
+    cost: Cost,
 ) -> Session:
     """Schedule, trackers, saver, recorder, signals and watchdog of one launch.
 
@@ -328,20 +421,26 @@ def build_session(
         ConfigError: The warm-up does not fit the number of steps, or a tracker is not installed.
     """
     processes = run.processes
-    schedule = make_schedule(
-        config.schedule.kind,
-        loader.num_steps,
-        warmup_ratio=None
-        if config.schedule.warmup_steps is not None
-        else config.schedule.warmup_ratio,
-        warmup_steps=config.schedule.warmup_steps,
-        min_ratio=config.schedule.min_ratio,
-    )
+    if not state.total_steps or config.run.resume_allow:
+        state.total_steps = loader.num_steps  # in packs it takes a plan of everything that is left
+    schedule = build_schedule(config, state.total_steps)
+    if processes.is_main:
+        assert run.memory is not None
+        write_plan(
+            run.path / "plan.json",
+            config,
+            schedule,
+            strategy=engine.strategy,
+            world_size=processes.size,
+            positions=loader.mixture.length,
+            trainable=sum(group.numel for group in engine.groups),
+            memory=run.memory,
+        )
     sources = config.data.sources
     sums = LossSums(
         tuple(source.name for source in sources),
         tuple(source.family for source in sources),
-        tuple(loader.lengths.encoder.capabilities),
+        tuple(loader.lengths.encoder.capabilities or ()),
         processes.device,
     )
     trackers = _trackers(config, run, state) if processes.is_main else None
@@ -383,7 +482,7 @@ def build_session(
         folder=run.folder,
         log_every=config.log.every,
         total_steps=schedule.total_steps,
-        cost=cost,
+        cost=cost.model,
         save=save,
         max_grad_norm=config.optim.max_grad_norm,
     )

@@ -297,20 +297,32 @@ class CheckpointStore:
     # ---- finding and loading --------------------------------------------------------------------------
 
     def newest_valid(self) -> tuple[Path | None, list[str]]:
-        """Newest checkpoint that verifies, and why newer ones were rejected; equal on all ranks."""
+        """Newest checkpoint that verifies, and why newer ones were rejected; equal on all ranks.
+
+        Raises:
+            CheckpointError: There are checkpoints and none of them verifies; starting over would hide the loss.
+        """
 
         def search() -> tuple[Path | None, list[str]]:
             rejected: list[str] = []
             for leftover in self.folder.glob("step-*.tmp"):
                 shutil.rmtree(leftover, ignore_errors=True)
                 rejected.append(f"{leftover.name}: left by an interrupted save, removed")
+            damaged: list[str] = []
             for path in reversed(checkpoints_in(self.folder)):
                 try:
                     verify(path, mode=self.verify_mode)
                 except CheckpointError as error:
-                    rejected.append(str(error))
+                    damaged.append(str(error))
                 else:
-                    return path, rejected
+                    return path, rejected + damaged
+            if damaged:
+                raise CheckpointError(
+                    f"None of the {len(damaged)} checkpoints in {self.folder} can be used:\n  "
+                    + "\n  ".join(damaged)
+                    + "\nRestore one from a copy and start again, or give up this run: choose a new run.dir, or move "
+                    f"{self.folder.parent} away."
+                )
             return None, rejected
 
         chosen, rejected = self.processes.on_main(search)

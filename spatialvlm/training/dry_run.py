@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,28 +16,19 @@ from spatialvlm.config import TrainConfig, dump_yaml
 from spatialvlm.config.data import SourceConfig
 from spatialvlm.models.build import build_meta_model
 from spatialvlm.models.spatial_vlm import SpatialVLM
-from spatialvlm.training.build import build_cost, build_groups
-from spatialvlm.training.estimate import (
-    activation_bytes,
-    format_memory,
-    memory_table,
-    require_fit,
-    text_decoder,
-    vision_decoder,
-)
+from spatialvlm.training.build import build_cost, build_groups, build_schedule, strategy_of
+from spatialvlm.training.estimate import format_memory, require_fit
 from spatialvlm.training.metrics import peak_flops
-from spatialvlm.training.optim import group_table, make_schedule
+from spatialvlm.training.optim import group_table
+from spatialvlm.training.plan import SUPERVISED_SHARE, VISUAL_SHARE, plan_memory
 from spatialvlm.training.progress import duration
-from spatialvlm.training.run import backbone_config, backbone_file
+from spatialvlm.training.run import backbone_file
 from spatialvlm.typing import CostCoefficients
 
 ASSUMED_MFU = 0.4
 """Utilisation behind the time estimate; stated beside it."""
 REFERENCE_TFLOPS = 989.0
 """H100 and H200, dense bf16, used when no known GPU is present."""
-VISUAL_SHARE = 0.5
-"""Share of a pack's tokens that are visual, for activations and FLOPs before lengths are known."""
-SUPERVISED_SHARE = 0.1
 
 
 def dry_run(config: TrainConfig) -> None:
@@ -62,15 +52,7 @@ def dry_run(config: TrainConfig) -> None:
     out.write("\n--- data\n" + describe_data(config) + "\n")
     steps = planned_steps(config)
     if steps is not None:
-        schedule = make_schedule(
-            config.schedule.kind,
-            steps,
-            warmup_ratio=None
-            if config.schedule.warmup_steps is not None
-            else config.schedule.warmup_ratio,
-            warmup_steps=config.schedule.warmup_steps,
-            min_ratio=config.schedule.min_ratio,
-        )
+        schedule = build_schedule(config, steps)
         out.write(f"steps: {steps:,}, warm-up {schedule.warmup_steps:,}\n")
     else:
         out.write("steps: unknown until the data files are here\n")
@@ -209,30 +191,14 @@ def describe_memory(config: TrainConfig, trainable: int, frozen: int) -> str:
     Raises:
         ConfigError: With ``memory.strict``, when the configured strategy does not fit the device.
     """
-    backbone: dict[str, Any] = backbone_config(config.model.backbone)
-    text, vision = text_decoder(backbone), vision_decoder(backbone)
-    tokens = config.packing.max_tokens
-    activations = activation_bytes(
-        text,
-        vision,
-        tokens=tokens,
-        patches=int(tokens * VISUAL_SHARE * 4),
-        head_rows=config.memory.head_rows,
-        supervised=int(tokens * SUPERVISED_SHARE),
-        checkpoint_text=config.memory.checkpoint_language_model,
-        checkpoint_vision=config.memory.checkpoint_vision,
-        vision_trains=config.optim.vision_lr is not None,
-    )
     device = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     given = config.parallel.world_size or int(os.environ.get("WORLD_SIZE", "1"))
-    rows = memory_table(
+    tokens = config.packing.max_tokens
+    activations, rows = plan_memory(
+        config,
         trainable=trainable,
         frozen=frozen,
-        worlds=tuple(sorted({1, 8, given})),
-        activations=activations,
-        largest_block=max(text.vocab * text.hidden, 1),
-        geometry=config.geometry is not None and config.geometry.encoder != "none",
-        bf16=config.precision == "bf16",
+        worlds=sorted({1, 8, given}),
         device_bytes=device,
     )
     lines = [
@@ -241,8 +207,8 @@ def describe_memory(config: TrainConfig, trainable: int, frozen: int) -> str:
         format_memory(rows),
     ]
     if device is not None:
-        wanted = "fsdp2" if config.parallel.strategy == "fsdp2" else "ddp"
-        row = next(r for r in rows if r.strategy == wanted and r.world == given)
+        strategy, _ = strategy_of(config)
+        row = next(r for r in rows if r.strategy == strategy and r.world == given)
         warning = require_fit(row, strict=config.memory.strict, device_gb=device / 1e9)
         lines += [] if warning is None else [f"warning: {warning}"]
     return "\n".join(lines)

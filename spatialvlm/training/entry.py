@@ -16,6 +16,7 @@ from pathlib import Path
 
 from spatialvlm.config import TrainConfig, load_config
 from spatialvlm.errors import USER_ERRORS, ConfigError, DataError, NonFiniteError
+from spatialvlm.training.rank_log import log_traceback, stop_rank_log
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +26,11 @@ class Arguments:
     config: Path
     overrides: tuple[str, ...]
     dry_run: bool
+    trust_remote_code: bool = False
 
 
 def parse_arguments(doc: str | None, argv: Sequence[str] | None = None) -> Arguments:
-    """A YAML file, ``key=value`` pairs, ``--dry-run``; no flag is a prefix of a launcher's flag."""
+    """A YAML file, ``key=value`` pairs and two flags; no flag is a prefix of a launcher's flag."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -39,8 +41,13 @@ def parse_arguments(doc: str | None, argv: Sequence[str] | None = None) -> Argum
         action="store_true",
         help="print what would be trained and what it needs, then exit",
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python files of model.init_from; needs model.revision, the 40-digit commit you have read",
+    )
     found = parser.parse_intermixed_args(argv)  # overrides may follow --dry-run
-    return Arguments(found.config, tuple(found.overrides), found.dry_run)
+    return Arguments(found.config, tuple(found.overrides), found.dry_run, found.trust_remote_code)
 
 
 def load_recipe(arguments: Arguments, stage: int) -> TrainConfig:
@@ -101,6 +108,11 @@ def run_recipe(
         if config is not None and not arguments.dry_run:
             _record_failure(Path(config.run.dir), error)
         return exit_code(error)
+    except BaseException:
+        log_traceback()
+        raise
+    finally:
+        stop_rank_log()
     return 0
 
 

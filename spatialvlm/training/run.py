@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,8 +24,11 @@ from spatialvlm.training.checkpoint import (
 from spatialvlm.training.distributed import Processes, same_everywhere
 from spatialvlm.training.engines import Engine
 from spatialvlm.training.entry import Arguments, owner
+from spatialvlm.training.estimate import MemoryRow
 from spatialvlm.training.guard import Guard
 from spatialvlm.training.optim import Group, Parts, group_table
+from spatialvlm.training.progress import duration
+from spatialvlm.training.rank_log import start_rank_log
 from spatialvlm.training.report import write_report
 from spatialvlm.training.state import (
     RunFolder,
@@ -59,6 +63,9 @@ class OpenRun:
     attempt: int
     done: bool
     """The run had finished before; there is nothing to do."""
+    trust_remote_code: bool = False
+    memory: MemoryRow | None = None
+    """Estimate for one device, once the model is known."""
 
     @property
     def path(self) -> Path:
@@ -152,26 +159,25 @@ def open_run(config: TrainConfig, arguments: Arguments, processes: Processes) ->
         keep_every=config.checkpoint.keep_every,
         verify_mode=config.checkpoint.verify,
     )
-    previous, base, lineage = processes.on_main(lambda: _enter(config, folder))
+    trust = arguments.trust_remote_code
+    previous, base, lineage = processes.on_main(lambda: _enter(config, folder, trust))
     attempt = int(previous.get("attempts", 0)) + 1
     done = previous.get("state") == "finished"
-    run = OpenRun(config, processes, folder, base, lineage, store, None, attempt, done)
+    run = OpenRun(config, processes, folder, base, lineage, store, None, attempt, done, trust)
     if done:
-        run.say(
-            f"{path} has finished: {previous.get('summary', previous)}\nNothing to do; use a new run.dir."
-        )
+        run.say(_finished(path, previous))
         if processes.is_main:
             folder.unlock()
         return run
-    if config.run.resume == "auto":
-        run.checkpoint, rejected = store.newest_valid()
-        for line in rejected:
-            run.say(f"checkpoint rejected: {line}")
-        if run.checkpoint is None and rejected:
-            run.say("no valid checkpoint: starting fresh")
-    elif config.run.resume != "none":
-        run.checkpoint = store.verified(Path(config.run.resume))
-        processes.on_main(lambda: _compare(config, run.checkpoint))
+    start_rank_log(path, processes.rank, processes.size)
+    for name, digest in lineage.get("code", {}).items():
+        run.say(f"trusted code of {config.model.init_from}: {name} sha256 {digest}")
+    try:
+        _choose_checkpoint(run)
+    except USER_ERRORS:
+        if processes.is_main:
+            folder.unlock()
+        raise
     if processes.is_main:
         (path / "config.resolved.yaml").write_text(text, encoding="utf-8")
         facts = environment(
@@ -191,9 +197,34 @@ def open_run(config: TrainConfig, arguments: Arguments, processes: Processes) ->
     return run
 
 
-def _enter(config: TrainConfig, folder: RunFolder) -> tuple[dict[str, Any], Path, dict[str, Any]]:
+def _finished(path: Path, record: Mapping[str, Any]) -> str:
+    done = record.get("summary") or {}
+    losses = done.get("final") or {}
+    loss = f", last loss {losses['loss']:.4f}" if "loss" in losses else ""
+    model = f" The model is in {path / done['export']}." if done.get("export") else ""
+    return (
+        f"{path} has finished: {record.get('step', 0):,} steps, {done.get('samples', 0):,} samples, "
+        f"{duration(done.get('wall_s', 0.0))}{loss}.{model}\n"
+        "Nothing to do. For another run use a new run.dir; for a longer one also set model.init_from to that model."
+    )
+
+
+def _choose_checkpoint(run: OpenRun) -> None:
+    wanted, store = run.config.run.resume, run.store
+    if wanted == "auto":
+        run.checkpoint, notes = store.newest_valid()
+        for line in notes:
+            run.say(f"checkpoint rejected: {line}")
+    elif wanted != "none":
+        run.checkpoint = store.verified(Path(wanted))
+        run.processes.on_main(lambda: _compare(run.config, run.checkpoint))
+
+
+def _enter(
+    config: TrainConfig, folder: RunFolder, trust_remote_code: bool
+) -> tuple[dict[str, Any], Path, dict[str, Any]]:
     _check_place(config)
-    base, lineage = check_base(config)
+    base, lineage = check_base(config, trust_remote_code=trust_remote_code)
     previous = folder.open()
     try:
         found = checkpoints_in(folder.path / "checkpoints")
@@ -269,25 +300,37 @@ def _compare(config: TrainConfig, folder: Path | None) -> None:
         )
 
 
-def check_base(config: TrainConfig) -> tuple[Path, dict[str, Any]]:
+def check_base(
+    config: TrainConfig, *, trust_remote_code: bool = False
+) -> tuple[Path, dict[str, Any]]:
     """Where the initial weights come from; a stage-1 export must be a finished one.
 
+    Args:
+        config: Recipe.
+        trust_remote_code: The user allowed the directory's own Python files.
+
+    Returns:
+        The directory, and where it comes from (path or hub id, revision, fingerprint, stage, trusted code).
+
     Raises:
-        CheckpointError: Missing, not a model directory, pickled weights, or an unfinished stage.
-        ConfigError: Another backbone than ``model.backbone``.
+        CheckpointError: Missing, not a model directory, pickled weights, code that nobody allowed, or an unfinished
+            stage.
+        ConfigError: Another backbone than ``model.backbone``, or code without a fixed revision.
     """
     source = config.model.init_from
     path = Path(source)
+    lineage: dict[str, Any] = {"path": source}
     if not path.exists():
         if (
             source.count("/") == 1
             and not source.startswith((".", "/", "~"))
             and path.parent.name != "runs"
         ):
-            return _download(source, config.model.revision), {
-                "hub": source,
-                "revision": config.model.revision,
-            }
+            revision = config.model.revision
+            path = _download(source, revision, code=trust_remote_code)
+            lineage = {"hub": source, "revision": revision}
+            _check_backbone(config, path)
+            return path, lineage | _remote_code(config, path, trusted=trust_remote_code)
         raise CheckpointError(
             f"model.init_from={source} does not exist. Give a model directory (a previous stage's final/), or a hub "
             "id such as Qwen/Qwen2.5-VL-7B-Instruct."
@@ -304,7 +347,8 @@ def check_base(config: TrainConfig) -> tuple[Path, dict[str, Any]]:
             "can run code and are refused; convert them with safetensors first."
         )
     _check_backbone(config, path)
-    lineage: dict[str, Any] = {"path": source, "fingerprint": base_fingerprint(path)}
+    lineage |= {"fingerprint": base_fingerprint(path)}
+    lineage |= _remote_code(config, path, trusted=trust_remote_code)
     record_path = path.parent / "run.json"
     if record_path.is_file():
         record = _read_json(record_path, "record of a run")
@@ -326,6 +370,34 @@ def _check_backbone(config: TrainConfig, path: Path) -> None:
             f"model.init_from={path} is a {found!r} model, model.backbone={config.model.backbone} a {expected!r}. "
             "Change one of them."
         )
+
+
+def _remote_code(config: TrainConfig, folder: Path, *, trusted: bool) -> dict[str, Any]:
+    """``{"code": {file: sha256}}`` of a directory whose configuration names Python files of its own, else ``{}``."""
+    asks = [
+        file.name
+        for file in sorted(folder.glob("*.json"))
+        if file.stat().st_size < 1 << 20 and b'"auto_map"' in file.read_bytes()
+    ]
+    if not asks:
+        return {}
+    files = {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.glob("*.py"))
+    }
+    if not trusted:
+        raise CheckpointError(
+            f"model.init_from={config.model.init_from} asks to run its own code ({', '.join(asks)} name an auto_map, "
+            f"files {sorted(files) or 'on the hub'}); that is refused. No supported family needs it: delete the "
+            "auto_map entries of a local copy. If you have read the code, pass --trust-remote-code and set "
+            "model.revision to the 40-digit commit you have read."
+        )
+    if not re.fullmatch("[0-9a-f]{40}", config.model.revision or ""):
+        raise ConfigError(
+            f"--trust-remote-code needs model.revision, the 40 hexadecimal digits of the commit you have read, got "
+            f"{config.model.revision!r}."
+        )
+    return {"code": files}
 
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:
@@ -357,7 +429,7 @@ def backbone_config(name: str) -> dict[str, Any]:
     return values
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, *, code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -365,8 +437,9 @@ def _download(name: str, revision: str | None) -> Path:
         RepositoryNotFoundError,
     )
 
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", *(["*.py"] if code else [])]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))  # fmt: skip
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"model.init_from={name}: neither a directory here nor reachable on the hub ({error}). Download it once "

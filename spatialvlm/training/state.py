@@ -31,6 +31,8 @@ class TrainState:
 
     step: int = 0
     """Optimizer steps done, skipped and empty ones included."""
+    total_steps: int = 0
+    """Steps of the whole run, known before the first."""
     adam_step: int = 0
     """Steps that changed the weights (Adam's bias-correction count)."""
     samples: int = 0

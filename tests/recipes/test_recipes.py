@@ -13,7 +13,7 @@ GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("qwen3vl", "qwen2_5vl", "internvl3")
 RUN_FILES = {
     "checkpoints", "config.resolved.yaml", "data.json", "environment.json", "final", "final.manifest.json", "groups.txt",
-    "metrics.jsonl", "report.html", "run.json", "summary.json",
+    "logs", "metrics.jsonl", "plan.json", "report.html", "run.json", "summary.json",
 }  # fmt: skip
 
 
