@@ -1,11 +1,15 @@
-"""Kill a training run at named points and at random moments; it must resume to bit-identical results.
+"""Kill a training run at random moments and at named points of a save; it must resume to bit-identical results.
 
-    python benchmarks/kill_harness.py --cases 20 --out /tmp/kill            # one and two processes, ZeRO-2 and ZeRO-3
-    python benchmarks/kill_harness.py --cases 200 --out /tmp/kill --seed 1  # nightly size
+    python benchmarks/kill_harness.py --kills 20 --out /tmp/kill --json benchmarks/results/kill.json
+    python benchmarks/kill_harness.py --kills 200 --out /tmp/kill --seed 1  # nightly size
 
-Every case: run with ``kill -9`` at one point, then run again without help. Checked: the second run finishes, losses,
-rates and norms of every step, final weights and moments are bitwise those of an undisturbed run, at least one
-verified checkpoint exists after the kill once one had been written, and no temporary directory is left.
+One and two processes, DDP, ZeRO-2, ZeRO-3 and FSDP2 in turn; every second kill at a random moment of a random rank,
+the others at a point inside a save. Every case: run with ``kill -9``, then run again without help. Checked: the
+second run finishes, losses, rates and norms of every step, final weights and moments are bitwise those of an
+undisturbed run, at least one verified checkpoint exists after the kill once one had been written, and no temporary
+directory is left.
+
+The sources are copied into ``<out>/source`` first and run from there, so editing them meanwhile changes nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +19,10 @@ import hashlib
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,6 +41,24 @@ POINTS = (
 )
 STRATEGIES = (("ddp", 1), ("zero2", 2), ("zero3", 2), ("fsdp2", 2), ("ddp", 2))
 STEPS, EVERY = 6, 2
+
+
+def freeze(out: Path) -> Path:
+    """Copy what the runs execute; returns the copy of this file."""
+    source = out / "source"
+    shutil.rmtree(source, ignore_errors=True)
+    skip = shutil.ignore_patterns("__pycache__", "results", "golden")
+    for name in ("spatialvlm", "recipes", "configs", "benchmarks", "tests/recipes"):
+        shutil.copytree(ROOT / name, source / name, ignore=skip)
+    return source / "benchmarks" / Path(__file__).name
+
+
+def revision() -> str:
+    """Commit of the sources, with ``+`` when files differ from it."""
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)  # fmt: skip
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno", "--", "spatialvlm", "recipes"], capture_output=True, text=True, check=False)  # fmt: skip
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def write_inputs(folder: Path) -> Path:
@@ -166,58 +190,76 @@ class Bench:
         }  # fmt: skip
 
 
+def kill_of(number: int, rng: np.random.Generator, size: int, seconds: float) -> tuple[str, dict]:
+    """Name and arguments of the kill of a case: odd numbers any moment, even ones a point of a save."""
+    if number % 2:
+        after = float(rng.uniform(0.2, 1.0)) * seconds
+        return f"{number:03d}-random-{after:.2f}s", {
+            "kill_after_s": after,
+            "rank": int(rng.integers(size)),
+        }
+    point = POINTS[number // 2 % len(POINTS)]
+    every_rank = point in ("save.tmp", "save.write", "save.written")
+    rank = int(rng.integers(size)) if every_rank else 0
+    step = EVERY * int(rng.integers(1, STEPS // EVERY + 1))
+    return f"{number:03d}-{point}-{step}-rank{rank}", {"fault": f"{point}@{step}:{rank}:kill"}
+
+
 def main() -> int:
     """Run the cases and write ``kill.json``."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cases", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="the result once more, for the repository")
     arguments = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}  # fmt: skip
+    out = arguments.out.resolve()
+    if (out / "source") not in Path(__file__).resolve().parents:
+        os.environ["KILL_HARNESS_REVISION"] = revision()
+        os.execv(sys.executable, [sys.executable, str(freeze(out)), *sys.argv[1:]])
+    sys.path.insert(0, str(ROOT))
     # Loaded once here; the forked ranks inherit it.
-    import deepspeed  # noqa: F401
+    import deepspeed
     import torch
     import transformers.models.qwen3_vl.modeling_qwen3_vl  # noqa: F401
 
     import spatialvlm.training.finish  # noqa: F401
 
     torch.set_num_threads(1)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    config = write_inputs(arguments.out)
+    config = write_inputs(out)
     rng = np.random.default_rng(arguments.seed)
     benches: dict[tuple[str, int], tuple[Bench, float]] = {}
     results = []
-    for number in range(arguments.cases):
+    for number in range(arguments.kills):
         key = STRATEGIES[number % len(STRATEGIES)]
         if key not in benches:
-            bench = Bench(arguments.out / f"{key[0]}-{key[1]}", config, *key)
+            bench = Bench(out / f"{key[0]}-{key[1]}", config, *key)
             shutil.rmtree(bench.straight, ignore_errors=True)
             codes, seconds = bench.run(bench.straight)
             assert codes == [0] * key[1], (bench.folder / "straight.log").read_text()[-2000:]
             benches[key] = (bench, seconds)
         bench, seconds = benches[key]
-        if number % 4 == 3:  # any moment, any rank
-            after = float(rng.uniform(0.3, 1.0)) * seconds
-            kill = {"kill_after_s": after, "rank": int(rng.integers(key[1]))}
-            name = f"{number:03d}-random-{after:.2f}s"
-        else:
-            point = POINTS[(number * 3 + number // len(POINTS)) % len(POINTS)]
-            rank = (
-                int(rng.integers(key[1]))
-                if point in ("save.tmp", "save.write", "save.written")
-                else 0
-            )
-            step = EVERY * int(rng.integers(1, STEPS // EVERY + 1))
-            kill = {"fault": f"{point}@{step}:{rank}:kill"}
-            name = f"{number:03d}-{point}-{step}-rank{rank}"
+        name, kill = kill_of(number, rng, key[1], seconds)
         results.append(bench.case(name, **kill))
         verdict = "; ".join(results[-1]["problems"]) or "ok"
         print(f"{key[0]}-{key[1]} {name}: exits {results[-1]['first_exit']}, {verdict}", flush=True)
-    (arguments.out / "kill.json").write_text(json.dumps(results, indent=1))
     failed = sum(bool(r["problems"]) for r in results)
+    report = {
+        "command": f"python benchmarks/kill_harness.py --kills {arguments.kills} --seed {arguments.seed}",
+        "commit": os.environ.get("KILL_HARNESS_REVISION", ""),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": deepspeed.__version__},
+        "cores": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 1),
+        "kills": len(results),
+        "bit_for_bit": len(results) - failed,
+        "cases": results,
+    }  # fmt: skip
+    for path in (out / "kill.json", arguments.json):
+        if path is not None:
+            path.write_text(json.dumps(report, indent=1) + "\n")
     print(f"{len(results) - failed}/{len(results)} resumed bit for bit")
     return 1 if failed else 0
 
