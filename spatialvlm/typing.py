@@ -106,6 +106,8 @@ class LossOutput(NamedTuple):
     """float32 ``[num_samples]``, detached: the same sum per sample of the pack."""
     sample_weight: Tensor
     """float32 ``[num_samples]``: sum of the loss weights per sample."""
+    sample_wrong: Tensor
+    """float32 ``[num_samples]``: supervised positions (weight > 0) of the sample whose arg-max is another token."""
     num_correct: Tensor
     """Scalar int64: supervised positions whose arg-max is the target (weight > 0 only)."""
     num_supervised: Tensor

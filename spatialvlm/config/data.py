@@ -15,6 +15,7 @@ from spatialvlm.config.base import (
     PositiveFloat,
     PositiveInt,
     Section,
+    Switch,
 )
 
 FormatName = Literal[
@@ -65,7 +66,7 @@ class SourceConfig(Section):
     """Share inside its family; ``None`` = eligible rows times ``repeat``."""
     coords: Literal["abs_source", "abs_resized", "norm1000", "norm1", "none"] | None = None
     """Convention of coordinates in the text; ``None`` = the format's own."""
-    geometry: Literal["auto", "on", "off"] | None = None
+    geometry: Switch | None = None
     """Whether samples use the geometry branch; ``None`` = ``geometry.default_flag``."""
     pinned: Bool = False
     """The question names frames: never choose others, never drop any."""

@@ -14,6 +14,7 @@ from spatialvlm.config.base import (
     PositiveFloat,
     PositiveInt,
     Section,
+    Switch,
 )
 
 
@@ -101,7 +102,7 @@ class GeometryConfig(Section):
     placeholder: NonEmptyStr = "<|spatial_pad|>"
     """Token that stands for a spatial token in ``input_ids``."""
     positions: PositionsConfig = PositionsConfig()
-    default_flag: Literal["auto", "on", "off"] = "auto"
+    default_flag: Switch = "auto"
     """``auto``: on for videos and images of one scene, off for single images and general data."""
     cache: FeatureCacheConfig = FeatureCacheConfig()
     allow_encoder_mismatch: Bool = False

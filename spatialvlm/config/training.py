@@ -49,8 +49,6 @@ class ModelConfig(Section):
     """Accept a previous stage that has not finished."""
     revision: NonEmptyStr | None = None
     """Hub revision; ``None`` = default branch."""
-    allow_eager: Bool = False
-    """Permit eager attention on a GPU."""
     liger: Bool = False
     """RMSNorm and SwiGLU kernels of liger-kernel."""
     compile: Bool = False
@@ -241,6 +239,8 @@ class TrainEvaluationConfig(Section):
     """Explicit file per benchmark."""
     media_root: dict[str, NonEmptyStr] = {}
     """Explicit media folder per benchmark; default: the folder of its file."""
+    allow_absolute_media: Bool = False
+    """Accept absolute media paths in benchmark files."""
     select: NonEmptyStr | None = None
     """Benchmark whose headline marks the best checkpoint; ``None`` = none."""
     max_samples: PositiveInt = 512

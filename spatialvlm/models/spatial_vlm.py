@@ -183,6 +183,9 @@ class SpatialVLM(nn.Module):
             loss_sum=weighted.sum(),
             sample_loss=zeros.index_add(0, batch["sample_index"], weighted.detach()),
             sample_weight=zeros.index_add(0, batch["sample_index"], weight),
+            sample_wrong=zeros.index_add(
+                0, batch["sample_index"], (supervised & ~output.correct).float()
+            ),
             num_correct=(output.correct & supervised).sum(),
             num_supervised=supervised.sum(),
             geometry_norm_ratio=norm_ratio,

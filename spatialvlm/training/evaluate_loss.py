@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from spatialvlm.errors import DataError
 from spatialvlm.training.distributed import Processes
@@ -13,6 +14,7 @@ from spatialvlm.training.engines import Engine
 from spatialvlm.training.loop import Fetcher
 from spatialvlm.training.loss import LossSums
 from spatialvlm.training.state import TrainState
+from spatialvlm.typing import Batch, LossOutput
 
 
 class HeldOutLoss:
@@ -42,7 +44,9 @@ class HeldOutLoss:
 
     @torch.no_grad()
     def __call__(self, state: TrainState, engine: Engine) -> dict[str, float]:
-        """``eval/loss``, ``eval/loss/<source>``, ``eval/token_acc`` over all held-out steps.
+        """``eval/loss``, ``eval/token_acc``, ``eval/answer_acc``, the first and last also by source.
+
+        ``answer_acc`` is the share of samples all of whose supervised tokens are right, given the right ones before.
 
         Raises:
             DataError: A held-out sample cannot be read.
@@ -51,6 +55,7 @@ class HeldOutLoss:
         loader = self.make_loader()
         capabilities = tuple(loader.lengths.encoder.capabilities)
         sums = LossSums(self.sources, self.families, capabilities, self.processes.device)
+        answers = AnswerCounts(self.sources, self.processes.device)
         fetcher = Fetcher(loader, self.processes.device)
         engine.model.eval()
         for _ in range(loader.num_steps):
@@ -59,7 +64,9 @@ class HeldOutLoss:
                 raise DataError(f"evaluation.sources: {step.error}") from step.error
             sums.start_step(step.denominator)
             for batch in step.batches:
-                sums.add(engine(batch), batch)
+                out = engine(batch)
+                sums.add(out, batch)
+                answers.add(out, batch)
         loader.close()
         self.restore_mode()
         denominators = torch.tensor(sums.denominators, dtype=torch.float64).to(
@@ -67,7 +74,39 @@ class HeldOutLoss:
         )
         sums.denominators = self.processes.sum(denominators).tolist()
         _, scalars = sums.read(self.processes.sum(sums.flat()).cpu())
+        scalars |= answers.read(self.processes.sum(answers.counts).cpu())
         return {
             "eval/" + name.replace("loss/source/", "loss/"): value
             for name, value in scalars.items()
         }
+
+
+class AnswerCounts:
+    """How many samples are right from the first to the last supervised token, by source.
+
+    Args:
+        sources: Names in the order of ``Batch.source_index``.
+        device: Where the counts live.
+    """
+
+    def __init__(self, sources: tuple[str, ...], device: torch.device) -> None:
+        self.sources = sources
+        self.counts = torch.zeros(2, len(sources), dtype=torch.float64, device=device)
+        """Right samples and all samples, ``[2, num_sources]``."""
+
+    def add(self, out: LossOutput, batch: Batch) -> None:
+        """Count one micro-batch."""
+        if not batch["uids"]:
+            return
+        asked = out.sample_weight > 0
+        right = asked & (out.sample_wrong == 0)
+        self.counts.index_add_(1, batch["source_index"], torch.stack([right, asked]).double())
+
+    def read(self, counts: Tensor) -> dict[str, float]:
+        """Scalars from counts that were summed over ranks."""
+        total = counts.sum(1).tolist()
+        found = {"answer_acc": total[0] / total[1]} if total[1] else {}
+        for name, right, asked in zip(self.sources, *counts.tolist(), strict=True):
+            if asked:
+                found[f"answer_acc/{name}"] = right / asked
+        return found

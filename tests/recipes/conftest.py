@@ -81,7 +81,7 @@ def recipe_text(stage: int, family: str, model: Path, data: Path, vggt: Path | N
         f"geometry: {{source: {vggt}, precision: fp32, layers: [-1]}}\n" if stage == 2 else ""
     )
     geometry_lr = ", geometry_lr: 1.0e-3" if stage == 2 else ""
-    flag = ", geometry: 'on'" if stage == 2 else ""
+    flag = ", geometry: on" if stage == 2 else ""
     return f"""
 stage: {stage}
 run: {{dir: unset}}

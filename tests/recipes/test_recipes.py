@@ -155,11 +155,16 @@ def test_adapters_are_merged_into_the_names_of_the_base(run, recipe, tiny_checkp
 def test_held_out_loss_is_logged(run, recipe, rows, tmp_path):
     out = tmp_path / "run"
     source = f"{{name: held, family: spatial, files: [spatial.jsonl], root: {rows}}}"
-    evaluation = f"evaluation={{every_steps: 3, max_samples: 16, sources: [{source}]}}"
-    assert run(1, recipe(1, "qwen3vl"), f"run.dir={out}", evaluation) == 0
-    found = [line["eval/loss/held"] for line in lines(out) if "eval/loss/held" in line]
+    evaluation = f"evaluation={{every_steps: 15, max_samples: 16, sources: [{source}]}}"
+    more = ("data.length.steps=30", "checkpoint.every=30", "export.final=false")
+    assert run(1, recipe(1, "qwen3vl"), f"run.dir={out}", evaluation, *more) == 0
+    found = [line for line in lines(out) if "eval/loss/held" in line]
     assert len(found) == 2
-    assert found[1] < found[0]
+    assert found[1]["eval/loss/held"] < found[0]["eval/loss/held"]
+    # A sample counts only when all of its tokens do.
+    for line in found:
+        assert 0 <= line["eval/answer_acc/held"] <= line["eval/token_acc"]
+    assert found[1]["eval/answer_acc"] > 0
 
 
 def test_trackers_and_no_secret_anywhere(run, recipe, tmp_path, monkeypatch):

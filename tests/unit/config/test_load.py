@@ -77,6 +77,7 @@ def test_missing_required_key(recipe):
             "geometry.camera_token",
         ),
         (["data.sources.0.geometry='on'"], "data.sources.a.geometry"),
+        (["data.sources.0.geometry=on"], "data.sources.a.geometry"),
         (["data.length.samples=5", "data.length.epochs=1"], "data.length"),
         (["data.families.general=1"], "data.families.general"),
         (["data.sources.0.family=other"], "data.sources.a.family"),

@@ -90,13 +90,18 @@ class FakeVLM(nn.Module):
         count = max(1, len(batch["uids"]))
         sample = torch.zeros(count).index_add_(0, batch["sample_index"], weighted.detach().float())
         weight = torch.zeros(count).index_add_(0, batch["sample_index"], batch["loss_weight"])
-        right = (logits.argmax(-1) == batch["target_ids"]) & (batch["loss_weight"] > 0)
+        supervised = batch["loss_weight"] > 0
+        right = (logits.argmax(-1) == batch["target_ids"]) & supervised
+        wrong = torch.zeros(count).index_add_(
+            0, batch["sample_index"], (supervised & ~right).float()
+        )
         return LossOutput(
             weighted.sum(),
             sample,
             weight,
+            wrong,
             right.sum(),
-            (batch["loss_weight"] > 0).sum(),
+            supervised.sum(),
             torch.zeros(2),
         )
 
