@@ -7,7 +7,6 @@ import pickle
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from spatialvlm.errors import ImporterError, SceneSchemaError, UnsafePickleError
 from spatialvlm.scenes.boxes import Box
@@ -28,63 +27,15 @@ from spatialvlm.scenes.importers.unpickle import safe_load, safe_loads
 from spatialvlm.scenes.io import load_scene, save_scene
 from spatialvlm.scenes.render.raycast import cast_boxes
 from spatialvlm.scenes.schema import Frame, Room, Scene
-from spatialvlm.scenes.transforms import rigid, rx, rz
-
-
-def write_embodiedscan(root, *, sample="scannet/scene9000_00", instances=None, **image_changes):
-    """One scene of two frames with depth, in the released pickle layout (numpy arrays inside)."""
-    align = rigid(rz(0.3), (0.5, -0.2, 0.1))
-    boxes = [
-        Box.upright((2.5, 0.3, 0.4), (0.8, 0.5, 0.8), 0.4),
-        Box((2.0, -0.8, 1.0), (0.4, 0.4, 0.5), rx(0.05)),
-    ]
-    images = []
-    for index, heading in enumerate((0.0, -20.0)):
-        camera = Camera.look((0, 0, 1.4), heading, -15.0, hfov_deg=80, width=64, height=48)
-        depth, _ = cast_boxes(boxes, camera)
-        folder = root / sample.split("/")[0] / "posed_images"
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((48, 64, 3), 90, np.uint8)).save(folder / f"{index:05d}.jpg")
-        stored = np.where(depth > 0, depth, 6.0) * (
-            4000 if sample.startswith("matterport") else 1000
-        )
-        Image.fromarray(stored.round().astype(np.uint16)).save(folder / f"{index:05d}.png")
-        k4 = np.eye(4)
-        k4[:3, :3] = camera.intrinsics
-        images.append(
-            {
-                "img_path": f"{sample.split('/')[0]}/posed_images/{index:05d}.jpg",
-                "depth_path": f"{sample.split('/')[0]}/posed_images/{index:05d}.png",
-                "cam2global": np.linalg.inv(align) @ camera.world_from_cam,
-                "visible_instance_ids": [0, 1],
-                **({"cam2img": k4} if sample.startswith("matterport") else {}),
-                **image_changes,
-            }
-        )
-    content = {
-        "metainfo": {"categories": {"chair": 1, "trash can": 2}, "dataset": "embodiedscan"},
-        "data_list": [
-            {
-                "sample_idx": sample,
-                "axis_align_matrix": align,
-                "images": images,
-                "instances": [
-                    {
-                        "bbox_3d": embodiedscan.box_values(box),
-                        "bbox_label_3d": i + 1,
-                        "bbox_id": 10 + i,
-                    }
-                    for i, box in enumerate(boxes)
-                ]
-                if instances is None
-                else instances,
-                **({} if sample.startswith("matterport") else {"cam2img": k4}),
-            }
-        ],
-    }
-    with (root / "embodiedscan_infos_train.pkl").open("wb") as file:
-        pickle.dump(content, file, protocol=4)
-    return boxes
+from spatialvlm.scenes.transforms import rx, rz
+from tests.unit.scenes.annotation_files import (
+    HEADER,
+    vla_row,
+    vsi_entry,
+    write_embodiedscan,
+    write_vla,
+    write_vsi,
+)
 
 
 @pytest.mark.parametrize("sample", ["scannet/scene9000_00", "matterport3d/17DRP5sb8fy/region3"])
@@ -202,26 +153,6 @@ def test_truncated_pickle(tmp_path):
         safe_load(tmp_path / "x.pkl")
 
 
-def vsi_entry(rotation, lengths=(2.0, 1.0, 1.0), center=(0.0, 0.0, 0.5), **changes):
-    lengths, center = np.array(lengths), np.array(center)
-    reach = np.abs(rotation) @ lengths / 2
-    return {
-        "centroid": center.tolist(),
-        "axesLengths": lengths.tolist(),
-        "normalizedAxes": rotation.T.ravel().tolist(),  # rows are axes
-        "min": (center - reach).tolist(),
-        "max": (center + reach).tolist(),
-        **changes,
-    }
-
-
-def write_vsi(root, boxes, **changes):
-    entry = {"dataset": "scannet", "room_size": 20.5, "room_center": [0, 0, 0],
-             "object_counts": {label: len(items) for label, items in boxes.items()}, "object_bbox": boxes,
-             **changes}  # fmt: skip
-    (root / "scannet_meta_info_val.json").write_text(json.dumps({"scene9000_00": entry}))
-
-
 def test_arkit_minmax_no_transpose(tmp_path):
     """Rows are axes: with columns the yaw is mirrored although min/max stay the same."""
     write_vsi(tmp_path, {"table": [vsi_entry(rz(np.radians(30)))]})
@@ -260,30 +191,6 @@ def test_real_vsi_meta(real_dir):
         assert all(item.box.is_upright for item in scene.objects)
     assert report.counters["refit_box"] > 50
     assert report.counters["bad_box"] == 0
-
-
-HEADER = list(vla3d.COLUMNS)
-
-
-def write_vla(root, rows, header=HEADER, statements=None):
-    folder = root / "ARKitScenes" / "40000001"
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        ",".join(header),
-        *[",".join(str(row.get(name, "_")) for name in header) for row in rows],
-    ]
-    (folder / "40000001_object_result.csv").write_text("\n".join(lines) + "\n")
-    if statements is not None:
-        (folder / "40000001_referential_statements.json").write_text(
-            json.dumps({"scene_name": "40000001", "regions": {"0": statements}})
-        )
-
-
-def vla_row(**changes):
-    row = {"object_id": 0, "region_id": 0, "raw_label": "couch", "object_bbox_cx": 1, "object_bbox_cy": 2,
-           "object_bbox_cz": 0.5, "object_bbox_xlength": 2, "object_bbox_ylength": 0.9,
-           "object_bbox_zlength": 0.8, "object_bbox_heading": 0.5}  # fmt: skip
-    return {**row, **changes}
 
 
 def test_vla3d(tmp_path):

@@ -57,5 +57,5 @@ def test_bad_rows(room):
         read({key: value for key, value in row.items() if key != "pose"}, room)
     with pytest.raises(ImporterError, match="pose has 2 entries for 3 images"):
         read({**row, "pose": row["pose"][:2]}, room)
-    with pytest.raises(SceneSchemaError, match="no usable frame .*missing_image 3"):
+    with pytest.raises(SceneSchemaError, match=r"no usable frame .*missing_image 3"):
         read({**row, "image": ["no.jpg"] * 3}, room)
