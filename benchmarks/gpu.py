@@ -31,6 +31,7 @@ from spatialvlm.models.attention import TREE_ATTENTION, Tree, tree_mask
 from spatialvlm.models.backbones import adapter_of
 from spatialvlm.models.branch import GeometryBranch, build_fusion, meta_encoder
 from spatialvlm.models.cost import cost_coefficients
+from spatialvlm.models.device import to_device
 from spatialvlm.models.isolation import probe_isolation
 from spatialvlm.models.kernels import use_liger
 from spatialvlm.models.lora import adapter_tensors, add_adapters
@@ -38,7 +39,6 @@ from spatialvlm.models.spatial_vlm import SpatialVLM
 from spatialvlm.sequence.layout import TokenLayout
 from spatialvlm.testing import make_vggt
 from spatialvlm.testing.packs import Clip, Member, random_pack
-from spatialvlm.training.loop import to_device
 from spatialvlm.training.memory import checkpoint_blocks, compile_blocks
 from spatialvlm.training.metrics import measure_gemm, peak_flops
 

@@ -1,5 +1,6 @@
 """Where configuration becomes benchmarks and the evaluation function of a training run."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -96,9 +97,6 @@ def build_probe(
         ranks: Processes of the run.
         restore: Puts the model back into training mode, frozen parts excepted.
         draw_marks: Hook for rows with marks.
-
-    Raises:
-        ConfigError: The parameters are sharded, so ranks cannot generate on their own.
     """
     section = config.evaluation
     if not section.every_steps or not section.benchmarks:
@@ -108,14 +106,9 @@ def build_probe(
     from spatialvlm.data.media.plan import MediaPolicy
     from spatialvlm.data.template import ChatTemplate, load_processor
     from spatialvlm.evaluation.model_generator import PackGenerator
+    from spatialvlm.models.lora import save_adapters
 
-    parameters = list(model.parameters())
-    if any(hasattr(p, "ds_tensor") or type(p.data).__name__ == "DTensor" for p in parameters):
-        raise ConfigError(
-            "evaluation.benchmarks: with ZeRO-3 or FSDP2 no rank holds the whole model; use ZeRO-2 or DDP, or "
-            "evaluate checkpoints with recipes/evaluate.py"
-        )
-    device = parameters[0].device.type
+    device = model.device.type
     media = config.data.media
     template = ChatTemplate.from_checkpoint(base)
     policy = MediaPolicy.from_processor(load_processor(base)).with_budget(
@@ -139,7 +132,17 @@ def build_probe(
         )
 
     def export() -> None:
-        model.save_pretrained(run_folder / "best")
+        best = run_folder / "best"
+        work = best.with_name("best.tmp")
+        shutil.rmtree(work, ignore_errors=True)
+        # By name: a state dict of FSDP2 would cut the weights again.
+        weights = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+        if config.lora is not None and not config.export.merge_lora:
+            save_adapters(model, work, state_dict=weights)
+        else:
+            model.save_pretrained(work, state_dict=weights)
+        shutil.rmtree(best, ignore_errors=True)
+        work.rename(best)
 
     return BenchmarkProbe(
         open_benchmarks(section),
@@ -147,7 +150,8 @@ def build_probe(
         run_folder / "eval",
         ranks,
         max_samples=section.max_samples,
+        allow_absolute=section.allow_absolute_media,
         restore=restore,
         select=section.select,
-        on_best=export if config.lora is None else lambda: None,
+        on_best=export,
     )

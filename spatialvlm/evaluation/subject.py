@@ -49,9 +49,12 @@ class Subject:
         from spatialvlm.data.template import ChatTemplate, load_processor
         from spatialvlm.models.build import build_layout, build_model
         from spatialvlm.models.directory import find_folder, saved_geometry
+        from spatialvlm.models.lora import merge_saved
 
         folder, adapters = _base_of(find_folder(name, revision))
-        saved = saved_geometry(folder)
+        # Adapters of a stage-2 run lie beside the fusion that was trained with them.
+        branch = adapters if adapters is not None and saved_geometry(adapters) else folder
+        saved = saved_geometry(branch)
         geometry = GeometryConfig.model_validate(saved["geometry"]) if saved else None
         if geometry is not None:
             changes: dict[str, Any] = {"allow_encoder_mismatch": allow_encoder_mismatch}
@@ -68,9 +71,7 @@ class Subject:
         weights = torch.bfloat16 if dtype == "bf16" else torch.float32
         self.model = build_model(folder, geometry, dtype=weights, device=device)
         if adapters is not None:
-            from peft import PeftModel
-
-            PeftModel.from_pretrained(self.model.backbone, adapters).merge_and_unload()
+            merge_saved(self.model, adapters)
         self.model.eval()
 
     def complete(self, packs: list[Any], max_new_tokens: int) -> list[list[list[int]]]:
@@ -121,8 +122,11 @@ class Subject:
         """Log-probability of each letter as the first token of the answer to a text-only prompt."""
         import torch
 
+        from spatialvlm.models.device import to_device
+
+        pack = to_device(self.generator(Path()).prepare([messages]), self.model.device)
         with torch.no_grad():
-            hidden, _ = self.model.hidden_states(self.generator(Path()).prepare([messages]))
+            hidden, _ = self.model.hidden_states(pack)
             logs = self.model.backbone.lm_head(hidden[0, -1]).float().log_softmax(-1)
         return {x: float(logs[int(self.template.encode(x)[0])]) for x in letters}
 

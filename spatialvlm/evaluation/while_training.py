@@ -8,7 +8,9 @@ import json
 import math
 import random
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -41,6 +43,13 @@ class HasStep(Protocol):
     step: int
 
 
+class HoldsWeights(Protocol):
+    """A training engine."""
+
+    def whole_weights(self) -> AbstractContextManager[Any]:
+        """Whole weights on every rank; entered and left by all ranks."""
+
+
 def together(
     *functions: Callable[[Any, Any], dict[str, float]] | None,
 ) -> Callable[[Any, Any], dict[str, float]] | None:
@@ -68,6 +77,7 @@ class BenchmarkProbe:
         ranks: All of them answer a share.
         max_samples: Items per benchmark, stratified by question type.
         batch_size: Prompts generated together.
+        allow_absolute: Accept absolute media paths.
         restore: Puts the model back into training mode.
         select: Benchmark whose headline marks the best step.
         on_best: Called on rank 0 when ``select`` has a new best, for example to export the model.
@@ -82,6 +92,7 @@ class BenchmarkProbe:
         *,
         max_samples: int = 512,
         batch_size: int = 16,
+        allow_absolute: bool = False,
         restore: Callable[[], None] = lambda: None,
         select: str | None = None,
         on_best: Callable[[], Any] = lambda: None,
@@ -89,19 +100,35 @@ class BenchmarkProbe:
         self.benchmarks, self.generator = list(benchmarks), generator
         self.folder, self.ranks = folder, ranks
         self.max_samples, self.batch_size = max_samples, batch_size
+        self.allow_absolute = allow_absolute
         self.restore, self.select, self.on_best = restore, select, on_best
 
-    def __call__(self, state: HasStep, engine: object) -> dict[str, float]:
-        """``eval/<benchmark>`` and ``eval/<benchmark>/<question type>`` in percent."""
+    def __call__(self, state: HasStep, engine: HoldsWeights) -> dict[str, float]:
+        """``eval/<benchmark>`` and ``eval/<benchmark>/<question type>`` in percent, ``time/eval_s`` of the pause.
+
+        Where the engine shards the weights (ZeRO-3, FSDP2) they are gathered once for the pause.
+        """
+        start = time.perf_counter()
+        with engine.whole_weights():
+            scalars = self._all(state.step)
+            if self.select is not None:
+                value = scalars[f"eval/{self.select}"]
+                lower = next(
+                    b.spec.lower_is_better for b in self.benchmarks if b.spec.name == self.select
+                )
+                self.ranks.on_main(lambda: self._mark(state.step, value, lower=lower))
+        return scalars | {"time/eval_s": time.perf_counter() - start}
+
+    def _all(self, step: int) -> dict[str, float]:
+        """Scalars of every benchmark; random states and modes are as before."""
         import torch
 
-        del engine
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         scalars: dict[str, float] = {}
         try:
             for benchmark in self.benchmarks:
-                scalars |= self._one(benchmark, state.step)
+                scalars |= self._one(benchmark, step)
         finally:
             self.restore()
             random.setstate(states[0])
@@ -109,12 +136,6 @@ class BenchmarkProbe:
             torch.set_rng_state(states[2])
             if cuda:
                 torch.cuda.set_rng_state_all(cuda)
-        if self.select is not None:
-            value = scalars[f"eval/{self.select}"]
-            lower = any(
-                b.spec.lower_is_better for b in self.benchmarks if b.spec.name == self.select
-            )
-            self.ranks.on_main(lambda: self._mark(state.step, value, lower=lower))
         return scalars
 
     def _one(self, benchmark: Benchmark, step: int) -> dict[str, float]:
@@ -124,7 +145,7 @@ class BenchmarkProbe:
         self.ranks.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
         self.ranks.barrier()
         items = limited(benchmark.items, self.max_samples)
-        asks = make_asks(benchmark, items, protocol="official")
+        asks = make_asks(benchmark, items, protocol="official", allow_absolute=self.allow_absolute)
         answer(
             benchmark,
             asks,

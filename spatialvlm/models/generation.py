@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spatialvlm.models.attention import Tree
+from spatialvlm.models.device import to_device
 from spatialvlm.models.spatial_vlm import SpatialVLM
 from spatialvlm.typing import Batch
 
@@ -63,6 +64,7 @@ def generate(
     Args:
         model: In any mode; it is put into eval mode for the call.
         groups: Packs from ``data.prompts``: one root and its branches, or several roots; media as in training.
+            On any device.
         max_new_tokens: Upper bound of each completion.
         stop_ids: Tokens that end a completion (and are not returned); empty = the checkpoint's own.
         choose: Picks the next tokens.
@@ -84,7 +86,7 @@ def generate(
             waiting.clear()
 
     for group in groups:
-        rows = _prefill(model, group)
+        rows = _prefill(model, to_device(group, model.device))
         if waiting and sum(len(r.lengths) for r in waiting) + len(rows.lengths) > max_rows:
             flush()
         waiting.append(rows)

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spatialvlm.errors import ConfigError
+from spatialvlm.errors import CheckpointError, ConfigError
+from spatialvlm.models.geometry.loader import check_fingerprint
 from spatialvlm.models.head import SupervisedHead
 from spatialvlm.models.spatial_vlm import SpatialVLM
 
@@ -182,3 +184,33 @@ def save_adapters(
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
     save_spatial(model, folder, state)
     return folder
+
+
+def merge_saved(model: SpatialVLM, folder: Path) -> None:
+    """Merge what :func:`save_adapters` wrote into a model: adapters, and the fusion modules beside them.
+
+    Raises:
+        CheckpointError: The saved fusion does not fit the model.
+        FingerprintError: It was trained with another geometry encoder.
+    """
+    from peft import PeftModel
+
+    from spatialvlm.models.directory import SPATIAL_WEIGHTS, saved_geometry
+
+    PeftModel.from_pretrained(model.backbone, folder).merge_and_unload()
+    saved = saved_geometry(folder)
+    if saved is None:
+        return
+    if model.fusion is None or model.geometry is None or model.geometry.encoder is None:
+        raise CheckpointError(f"{folder} has a geometry branch, the model has none")
+    check_fingerprint(
+        saved["encoder"]["fingerprint"],
+        model.geometry.encoder.fingerprint,
+        allow_mismatch=model.geometry.settings["allow_encoder_mismatch"],
+    )
+    try:
+        model.fusion.load_state_dict(load_file(folder / SPATIAL_WEIGHTS))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder / SPATIAL_WEIGHTS} does not fit the model: {error}"
+        ) from error

@@ -18,8 +18,8 @@ DeepSpeed internals that are touched, probed when the engine is built:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -87,6 +87,13 @@ class Engine(ABC):
             for name, parameter in self.model.named_parameters()
             if name not in trained
         }
+
+    def whole_weights(self) -> AbstractContextManager[Any]:
+        """Whole compute weights on every rank, for generation past the wrapper; entered and left by all ranks.
+
+        Inside, forward passes need no other rank, so every rank may run as many as it likes.
+        """
+        return nullcontext()
 
     def _whole(self, parameter: Tensor) -> Tensor:
         full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
@@ -263,6 +270,23 @@ class Fsdp2(_TorchEngine):
         self.sharded.set_requires_gradient_sync(last)
         return nullcontext()
 
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        from torch.distributed.fsdp import FSDPModule
+
+        units = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        self.sharded.set_reshard_after_forward(False)
+        for unit in units:
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit.reshard()
+            # As fully_shard had it: the root keeps its weights between forward and backward.
+            self.sharded.set_reshard_after_forward(True)
+            self.sharded.set_reshard_after_forward(False, recurse=False)
+
     def slices(self, *, loading: bool) -> list[Slice]:
         del loading
         return fsdp2_slices(
@@ -373,6 +397,14 @@ class Zero(Engine):
 
     def discard(self) -> None:
         self.engine.zero_grad()
+
+    def whole_weights(self) -> AbstractContextManager[Any]:
+        if self.stage < 3:
+            return nullcontext()
+        from deepspeed.runtime.zero import unwrap_model_for_generation
+
+        whole: AbstractContextManager[Any] = unwrap_model_for_generation(self.engine)
+        return whole
 
     def slices(self, *, loading: bool) -> list[Slice]:
         del loading

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 
 from spatialvlm.errors import DataError, NonFiniteError, OutOfMemoryError, SpatialVLMError
+from spatialvlm.models.device import to_device
 from spatialvlm.training.distributed import Processes, StepHeader, exchange
 from spatialvlm.training.engines import Engine
 from spatialvlm.training.faults import fault_point
@@ -236,23 +237,3 @@ class Fetcher:
         """Position after the last fetched step."""
         state: dict[str, Any] = self.loader.state_dict()
         return state
-
-
-HOST_READ = frozenset({
-    "segment_start", "segment_len", "segment_parent", "frame_shapes", "media_kind", "media_grid_thw", "media_group",
-    "geometry_shapes", "geometry_content",
-})  # fmt: skip
-"""Small tensors that the model reads as Python numbers; on a device every one would stop its queue."""
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move the tensors of a batch; what the model reads on the host, and everything else, stays."""
-    if device.type == "cpu":
-        return batch
-    moved = {
-        key: value.to(device, non_blocking=True)
-        if isinstance(value, torch.Tensor) and key not in HOST_READ
-        else value
-        for key, value in batch.items()
-    }
-    return cast("Batch", moved)

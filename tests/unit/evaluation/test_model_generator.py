@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from spatialvlm.config.training import LoraConfig
 from spatialvlm.data.encode import encode
 from spatialvlm.data.formats import FORMATS, read_row
 from spatialvlm.data.formats.base import SourceAttrs
@@ -16,7 +18,10 @@ from spatialvlm.data.template import ChatTemplate, load_processor
 from spatialvlm.evaluation.model_generator import PackGenerator
 from spatialvlm.evaluation.prompts import build_messages
 from spatialvlm.evaluation.registry import load_benchmark
+from spatialvlm.evaluation.subject import Subject
 from spatialvlm.models.build import build_layout
+from spatialvlm.models.lora import adapter_tensors, save_adapters
+from spatialvlm.testing.rig import Rig
 
 
 def row(number, images, media_kind, question, answer, **fields):
@@ -124,3 +129,23 @@ def test_blank_media_keep_their_sizes(rows, tiny_checkpoint, tmp_path):
         )
         assert (real["frame_shapes"] == blank["frame_shapes"]).all()
         assert set(np.unique(blank["frames_u8"])) == {128}
+
+
+def test_adapters_bring_the_fusion_that_was_trained_with_them(tiny_checkpoint, tiny_vggt, tmp_path):
+    """A stage-2 run with adapters on a 2D base, saved alone and merged: the same prompts, the same tokens."""
+    base, lora = tiny_checkpoint("qwen3vl"), LoraConfig(r=4, alpha=32.0)
+    bench = Rig.load("qwen3vl", base, vggt=tiny_vggt, geometry={}, lora=lora)
+    fresh = {name: x.clone() for name, x in bench.model.fusion.state_dict().items()}
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for x in [*adapter_tensors(bench.model).values(), *bench.model.fusion.parameters()]:
+            x += 0.1 * torch.randn(x.shape, generator=noise)
+    save_adapters(bench.model, tmp_path / "adapters")
+    bench.model.save_pretrained(tmp_path / "merged")
+    pack = bench.pack(prompts=True)
+    found = [Subject(tmp_path / name).complete([pack], 6) for name in ("adapters", "merged")]
+    assert found[0] == found[1]
+    subject = Subject(tmp_path / "adapters")
+    assert subject.layout.spatial_id is not None
+    subject.model.fusion.load_state_dict(fresh)
+    assert subject.complete([pack], 6) != found[0]  # the fusion matters

@@ -2,6 +2,7 @@
 
 import json
 import random
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +24,21 @@ class Alone:
         return function()
 
 
+class Engine:
+    """Weights are whole only inside the pause."""
+
+    whole = False
+
+    @contextmanager
+    def whole_weights(self):
+        self.whole = True
+        yield
+        self.whole = False
+
+
+ENGINE = Engine()
+
+
 class Model:
     """Right for the first ``right`` questions; draws random numbers as a sampler would."""
 
@@ -33,6 +49,7 @@ class Model:
         return group
 
     def generate(self, prepared, config):
+        assert ENGINE.whole
         random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
         numbers = [[int(m[-1]["content"][-1]["text"].split()[-1]) for m in g] for g in prepared]
         return [
@@ -69,7 +86,7 @@ def probe(tmp_path):
         Alone(),
         restore=lambda: calls.append("train"),
         select="spatialvlm_rows",
-        on_best=lambda: calls.append("best"),
+        on_best=lambda: calls.append("best" if ENGINE.whole else "cut"),
     )
     return found, model, calls
 
@@ -79,7 +96,7 @@ def test_scalars_best_step_and_modes(probe, tmp_path):
     values = []
     for step, right in ((10, 4), (20, 8), (30, 6), (40, 8)):
         model.right = right
-        values.append(run(SimpleNamespace(step=step), None)["eval/spatialvlm_rows"])
+        values.append(run(SimpleNamespace(step=step), ENGINE)["eval/spatialvlm_rows"])
     assert values == pytest.approx([40, 80, 60, 80])
     assert calls == ["train", "best", "train", "best", "train", "train"]
     best = json.loads((tmp_path / "eval" / "best.json").read_text())
@@ -103,7 +120,8 @@ def test_the_best_step_of_an_error_is_the_lowest(probe, tmp_path):
 def test_types_are_logged(probe):
     run, model, _ = probe
     model.right = 1
-    scalars = run(SimpleNamespace(step=1), None)
+    scalars = run(SimpleNamespace(step=1), ENGINE)
+    assert scalars.pop("time/eval_s") > 0
     assert scalars == {
         "eval/spatialvlm_rows": 10,
         "eval/spatialvlm_rows/task0": 20,
@@ -111,12 +129,41 @@ def test_types_are_logged(probe):
     }
 
 
+def test_curves_reach_every_tracker(probe, tmp_path):
+    """JSON lines, TensorBoard and offline wandb hold the same scores, under the step that was just trained."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from spatialvlm.training.recorder import Recorder
+    from spatialvlm.training.trackers import JsonLines, TensorBoard, Trackers, read_metrics
+
+    run, model, _ = probe
+    sent = []
+    wandb = SimpleNamespace(log=lambda step, scalars: sent.append((step, dict(scalars))))
+    trackers = Trackers(
+        [JsonLines(tmp_path / "metrics.jsonl", attempt=0), TensorBoard(tmp_path / "tb"), wandb]
+    )
+    recorder = Recorder.__new__(Recorder)
+    recorder.trackers = trackers
+    for step, right in ((10, 4), (20, 8)):
+        model.right = right
+        state = SimpleNamespace(step=step)
+        recorder.evaluation(state, run(state, ENGINE))
+    trackers._live[1].close()
+    name = "eval/spatialvlm_rows"
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line[name]) for line in lines] == [(9, 40), (19, 80)]
+    assert [(step, scalars[name]) for step, scalars in sent] == [(9, 40), (19, 80)]
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars(name)] == [(9, 40), (19, 80)]
+
+
 def test_random_states_are_put_back(probe):
     run, _, _ = probe
     random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
     expected = random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
     random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
-    run(SimpleNamespace(step=1), None)
+    run(SimpleNamespace(step=1), ENGINE)
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected  # noqa: NPY002
 
 

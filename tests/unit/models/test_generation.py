@@ -2,8 +2,11 @@ import pytest
 import torch
 
 from spatialvlm.errors import AlignmentError
+from spatialvlm.models import generation
+from spatialvlm.models.device import HOST_READ
 from spatialvlm.models.generation import generate, sampler, stop_tokens
 from spatialvlm.models.library_generation import library_generate
+from spatialvlm.models.spatial_vlm import SpatialVLM
 from spatialvlm.testing.packs import Member
 from spatialvlm.testing.rig import FAMILIES
 
@@ -67,6 +70,24 @@ def test_no_tokens_are_asked_for(rig):
     prompts = bench.pack(bench.members()[:1], prompts=True)
     assert generate(bench.model, [prompts], 0) == [[[], [], []]]
     assert generate(bench.model, [], 4) == []
+
+
+def test_groups_are_moved_to_the_model(rig, monkeypatch):
+    """What the model reads as Python numbers stays on the host."""
+    bench = rig("qwen3vl", {})
+    seen = []
+
+    def prefill(model, group):
+        seen.append({key: x.device.type for key, x in group.items() if torch.is_tensor(x)})
+        raise InterruptedError
+
+    monkeypatch.setattr(generation, "_prefill", prefill)
+    monkeypatch.setattr(SpatialVLM, "device", torch.device("meta"))
+    with pytest.raises(InterruptedError):
+        generate(bench.model, [bench.pack(prompts=True)], 2, stop_ids=[0])
+    moved = {key for key, device in seen[0].items() if device == "meta"}
+    assert moved >= {"input_ids", "position_ids", "frames_u8", "token_kind"}
+    assert set(seen[0]) - moved == HOST_READ & set(seen[0])
 
 
 def test_stop_tokens_come_from_the_checkpoint(rig):

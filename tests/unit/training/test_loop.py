@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from spatialvlm.errors import CheckpointError, DataError, NonFiniteError
+from spatialvlm.models.device import HOST_READ, to_device
 from spatialvlm.training.checkpoint import CheckpointStore, Snapshot, checkpoints_in
 from spatialvlm.training.distributed import Processes, StepHeader, exchange
 from spatialvlm.training.engines import make_engine
 from spatialvlm.training.guard import Guard
-from spatialvlm.training.loop import HOST_READ, Fetcher, Run, to_device, train
+from spatialvlm.training.loop import Fetcher, Run, train
 from spatialvlm.training.loss import LossSums
 from spatialvlm.training.metrics import Meter, pack_size
 from spatialvlm.training.optim import make_schedule
