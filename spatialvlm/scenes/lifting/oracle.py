@@ -13,8 +13,15 @@ from numpy.random import Generator, Philox
 from scipy import ndimage
 
 from spatialvlm.scenes.cameras import Camera
-from spatialvlm.scenes.lifting.protocols import Backends, Detection, Mask, Poses, mask_box
-from spatialvlm.scenes.lifting.stages import FloorGravity
+from spatialvlm.scenes.lifting.protocols import (
+    Backends,
+    Detection,
+    Mask,
+    Poses,
+    best_match,
+    mask_box,
+)
+from spatialvlm.scenes.lifting.world import FloorGravity
 from spatialvlm.scenes.schema import Scene
 from spatialvlm.scenes.transforms import Array, rigid, rx, ry, rz
 
@@ -38,6 +45,8 @@ class Noise:
     """Negative values dilate."""
     mask_drop: float = 0.0
     """Share of masks that are missed."""
+    mask_merge: float = 0.0
+    """Share of masks that swallow their nearest neighbour in the image."""
     label_swap: float = 0.0
     """Share of detections with another label of the room."""
     seed: int = 0
@@ -101,6 +110,10 @@ class Oracle:
             depth = depth * (1 + noise.depth_rel * (0.8 * smooth + 0.6 * fine)).astype(np.float32)
         return np.maximum(depth * np.float32(noise.depth_scale), 0)
 
+    def intrinsics(self, images: Array) -> Array:
+        """True calibration, for single images."""
+        return np.stack([self._views[index].camera.intrinsics for index in self._indices(images)])
+
     def poses(self, images: Array) -> Poses:
         """True cameras with independent and accumulated errors."""
         poses, intrinsics, drift = [], [], np.zeros(3)
@@ -146,13 +159,22 @@ class Oracle:
         return found
 
     def segment(self, images: Array, boxes: Sequence[Sequence[Detection]]) -> list[list[Mask]]:
-        """Instance masks of the detections, grown or shrunk."""
+        """Masks of the instances that fit the boxes best, grown or shrunk, some with a neighbour."""
         result = []
         for index, asked in zip(self._indices(images), boxes, strict=True):
-            by_box = {detection.bbox: i for i, detection in self._instances(index)}
-            result.append(
-                [Mask(self._shape(self._views[index].ids == by_box[d.bbox]), 1.0) for d in asked]
-            )
+            ids = self._views[index].ids
+            present = [i for i in np.unique(ids).tolist() if i > 0]
+            known = [mask_box(ids == i) for i in present]
+            rng, masks = self._rng(5, index), []
+            for d in asked:
+                at = best_match(d.bbox, known)
+                pixels = ids == present[at]
+                if rng.random() < self.noise.mask_merge and len(present) > 1:
+                    others = [box for i, box in enumerate(known) if i != at]
+                    near = [i for i in present if i != present[at]][_nearest(known[at], others)]
+                    pixels = pixels | (ids == near)
+                masks.append(Mask(self._shape(pixels), 1.0))
+            result.append(masks)
         return result
 
     def _shape(self, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
@@ -162,3 +184,12 @@ class Oracle:
         if pixels < 0:
             return np.asarray(ndimage.binary_dilation(mask, iterations=-pixels))
         return mask
+
+
+def _nearest(
+    bbox: tuple[float, float, float, float], boxes: Sequence[tuple[float, float, float, float]]
+) -> int:
+    """Position of the box whose centre is closest."""
+    x, y = (bbox[0] + bbox[2]) / 2, (bbox[1] + bbox[3]) / 2
+    gaps = [np.hypot((b[0] + b[2]) / 2 - x, (b[1] + b[3]) / 2 - y) for b in boxes]
+    return int(np.argmin(gaps))

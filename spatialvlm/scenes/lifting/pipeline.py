@@ -1,19 +1,14 @@
 """Overlapped stages: each runs in its own thread behind a bounded queue, results keep the input order.
 
 While one stage works on batch 3, the one before it already works on batch 4. A slow stage holds the
-others back through the queues, so memory stays bounded. Results of named backends are kept in a
-:class:`FeatureStore` and computed once.
+others back through the queues, so memory stays bounded.
 """
 
-import hashlib
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from spatialvlm.errors import SceneError
 
@@ -42,7 +37,12 @@ class PipelineStats:
     """What happened: for tests and benchmarks."""
 
     calls: dict[str, int] = field(default_factory=dict)
-    longest_queue: int = 0
+    longest_queue: float = 0.0
+    """Most batches that ever waited before one stage."""
+
+
+class StageError(SceneError):
+    """A stage failed; the message names the stage and the item."""
 
 
 class _Cancelled(Exception):  # noqa: N818 - ends the other threads, is not an error
@@ -65,13 +65,14 @@ def run_stages(
         stats: Filled when given.
 
     Raises:
-        SceneError: A stage failed; names the stage and the first item of the batch. The other stages
+        StageError: A stage failed; names the stage and the first item of the batch. The other stages
             stop after their current batch.
     """
     stats = stats or PipelineStats()
-    queues: list[queue.Queue[Any]] = [queue.Queue(maxsize=capacity) for _ in range(len(stages) + 1)]
+    batches = [stage.batch_size for stage in stages] + [1]
+    queues: list[queue.Queue[Any]] = [queue.Queue(maxsize=capacity * size) for size in batches]
     cancelled = threading.Event()
-    failures: list[SceneError] = []
+    failures: list[StageError] = []
 
     def put(target: queue.Queue[Any], value: Any) -> None:
         while not cancelled.is_set():
@@ -79,7 +80,8 @@ def run_stages(
                 target.put(value, timeout=0.05)
             except queue.Full:
                 continue
-            stats.longest_queue = max(stats.longest_queue, target.qsize())
+            waiting = target.qsize() * capacity / target.maxsize
+            stats.longest_queue = max(stats.longest_queue, waiting)
             return
         raise _Cancelled
 
@@ -110,7 +112,7 @@ def run_stages(
             put(target, _END)
         except _Cancelled:
             return
-        except SceneError as error:
+        except StageError as error:
             failures.append(error)
             cancelled.set()
 
@@ -147,49 +149,15 @@ def _call(stage: Stage, batch: list[tuple[int, Any]], stats: PipelineStats) -> l
     stats.calls[stage.name] = stats.calls.get(stage.name, 0) + 1
     try:
         results = stage.call([item for _, item in batch])
+    except StageError:
+        raise
     except Exception as error:
-        raise SceneError(
+        raise StageError(
             f"lifting stage {stage.name!r} failed on item {batch[0][0]}: {type(error).__name__}: {error}"
         ) from error
     if len(results) != len(batch):
-        raise SceneError(
+        raise StageError(
             f"lifting stage {stage.name!r} returned {len(results)} results for {len(batch)} items, "
             f"beginning with item {batch[0][0]}."
         )
     return results
-
-
-class FeatureStore:
-    """Arrays by (backend, version, input); in memory, and on disk when a folder is given."""
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
-        self._memory: dict[str, np.ndarray[Any, Any]] = {}
-        self.misses = 0
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-
-    def key(self, backend: Any, *inputs: np.ndarray[Any, Any]) -> str:
-        """Identity of a computation."""
-        digest = hashlib.blake2b(f"{backend.id}\x1f{backend.version}".encode(), digest_size=16)
-        for array in inputs:
-            digest.update(f"{array.shape}{array.dtype}".encode())
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
-
-    def get(self, key: str, compute: Callable[[], np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-        """The stored array, computed and stored when absent."""
-        if key in self._memory:
-            return self._memory[key]
-        path = None if self.folder is None else self.folder / f"{key}.npy"
-        if path is not None and path.is_file():
-            value: np.ndarray[Any, Any] = np.load(path, allow_pickle=False)
-        else:
-            self.misses += 1
-            value = compute()
-            if path is not None:
-                temporary = path.with_suffix(".tmp.npy")
-                np.save(temporary, value, allow_pickle=False)
-                temporary.replace(path)
-        self._memory[key] = value
-        return value

@@ -13,8 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from spatialvlm.errors import ImporterError
-from spatialvlm.scenes.lifting.protocols import Backends, Detection, Mask, Poses, mask_box
-from spatialvlm.scenes.lifting.stages import FloorGravity
+from spatialvlm.scenes.lifting.protocols import (
+    Backends,
+    Detection,
+    Mask,
+    Poses,
+    best_match,
+    mask_box,
+)
+from spatialvlm.scenes.lifting.world import FloorGravity
 from spatialvlm.scenes.transforms import Array
 
 KEYS = ("depth", "world_from_cam", "intrinsics", "masks", "labels", "scores")
@@ -97,16 +104,26 @@ class Precomputed:
             for frame, asked in zip(self._of(images), labels, strict=True)
         ]
 
+    def intrinsics(self, images: Array) -> Array:
+        """Stored calibration, for single images."""
+        return np.stack([frame["intrinsics"] for frame in self._of(images)])
+
     def segment(self, images: Array, boxes: Sequence[Sequence[Detection]]) -> list[list[Mask]]:
-        """Stored masks of the detections."""
+        """The stored mask of the asked label that fits each box best; empty when there is none."""
         result = []
-        for frame, asked in zip(self._of(images), boxes, strict=True):
-            stored = {
-                (str(label), mask_box(mask)): Mask(mask.astype(bool), float(score))
-                for label, mask, score in zip(
-                    frame["labels"], frame["masks"], frame["scores"], strict=True
-                )
-                if mask.any()
-            }
-            result.append([stored[d.label, d.bbox] for d in asked])
+        for image, frame, asked in zip(images, self._of(images), boxes, strict=True):
+            nothing = Mask(np.zeros(image.shape[:2], dtype=bool), 0.0)
+            stored: dict[str, list[Mask]] = {}
+            for label, mask, score in zip(
+                frame["labels"], frame["masks"], frame["scores"], strict=True
+            ):
+                if mask.any():
+                    found = Mask(mask.astype(bool), float(score))
+                    stored.setdefault(str(label), []).append(found)
+            masks = []
+            for d in asked:
+                same = stored.get(d.label, [nothing])
+                boxes_of = [mask_box(m.pixels) if m.pixels.any() else (0, 0, 0, 0) for m in same]
+                masks.append(same[best_match(d.bbox, boxes_of)])
+            result.append(masks)
         return result

@@ -4,7 +4,7 @@ Every backend names itself (``id`` and ``version``, both part of cache keys). Im
 ``[B, H, W, 3]``. A user's own model plugs in by having the right method; nothing is registered.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Bool, Float, UInt8
 
+from spatialvlm.scenes.boxes import Box
+from spatialvlm.scenes.lifting.stages import LiftedObject, Observation, fit_box, merge
 from spatialvlm.scenes.transforms import Array
 
 
@@ -77,6 +79,13 @@ class PoseEstimator(Backend, Protocol):
         """Poses and intrinsics of all frames together."""
 
 
+class CameraEstimator(Backend, Protocol):
+    """Intrinsics of single images."""
+
+    def intrinsics(self, images: UInt8[np.ndarray, "B H W 3"]) -> Float[np.ndarray, "B 3 3"]:
+        """Pinhole matrices in pixels of the given images."""
+
+
 class Tagger(Backend, Protocol):
     """Which things are in a picture."""
 
@@ -111,9 +120,44 @@ class GravityEstimator(Backend, Protocol):
         """Unit vector ``[3]``, ``None`` when it cannot be told within five degrees."""
 
 
+class Captioner(Backend, Protocol):
+    """What an object looks like, in a few words."""
+
+    def captions(
+        self, crops: Sequence[UInt8[np.ndarray, "h w 3"]], labels: Sequence[str]
+    ) -> list[str]:
+        """One phrase per picture of an object."""
+
+
+KeyframeSelector = Callable[[Array, int], list[int]]
+"""``(images [S, H, W, 3], at most so many)`` to the indices of the frames that are used."""
+Merger = Callable[[Sequence[Observation]], list[LiftedObject]]
+"""Observations of all frames to things."""
+BoxFitter = Callable[[Array], Box]
+"""World points ``[N, 3]`` of a thing to its upright box; raises ``BoxError`` when there is none."""
+
+
+def choose_keyframes(images: UInt8[np.ndarray, "S H W 3"], count: int) -> list[int]:
+    """Evenly spaced frames, each the sharpest of its stretch; a camera at rest gives one frame."""
+    grey = images[:, ::2, ::2].astype(np.float32).mean(axis=3)
+    sharpness = np.abs(np.diff(grey, axis=1)).mean(axis=(1, 2)) + np.abs(
+        np.diff(grey, axis=2)
+    ).mean(axis=(1, 2))
+    chosen: list[int] = []
+    for part in np.array_split(np.arange(len(images)), min(count, len(images))):
+        best = int(part[sharpness[part].argmax()])
+        if not chosen or np.abs(grey[best] - grey[chosen[-1]]).mean() >= MIN_CHANGE:
+            chosen.append(best)
+    return chosen
+
+
+MIN_CHANGE = 1.0
+"""Mean change of grey levels below which two frames show the same view."""
+
+
 @dataclass(frozen=True, eq=False)
 class Backends:
-    """The parts of one lifting run."""
+    """The parts of one lifting run; what is not neural has a default."""
 
     depth: DepthEstimator
     pose: PoseEstimator
@@ -121,9 +165,29 @@ class Backends:
     detector: Detector
     segmenter: Segmenter
     gravity: GravityEstimator
+    captioner: Captioner | None = None
+    """Describes the objects; ``None`` = no captions."""
+    keyframes: KeyframeSelector = choose_keyframes
+    merger: Merger = merge
+    fitter: BoxFitter = fit_box
 
 
 def mask_box(mask: Bool[np.ndarray, "H W"]) -> tuple[float, float, float, float]:
     """Half-open pixel box of a mask with at least one pixel."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+def best_match(
+    bbox: tuple[float, float, float, float], boxes: Sequence[tuple[float, float, float, float]]
+) -> int:
+    """Position of the box that overlaps ``bbox`` most (intersection over union); ties: the first."""
+
+    def overlap(other: tuple[float, float, float, float]) -> float:
+        width = min(bbox[2], other[2]) - max(bbox[0], other[0])
+        height = min(bbox[3], other[3]) - max(bbox[1], other[1])
+        shared = max(width, 0.0) * max(height, 0.0)
+        areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (bbox, other)]
+        return shared / max(sum(areas) - shared, 1e-9)
+
+    return max(range(len(boxes)), key=lambda i: overlap(boxes[i]))

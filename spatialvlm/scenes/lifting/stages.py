@@ -1,6 +1,7 @@
-"""The geometric steps of lifting: points of masks, merging over frames, gravity, boxes, the scene."""
+"""The geometric steps of lifting: points of masks, merging over frames, boxes."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,9 +9,8 @@ from jaxtyping import Bool, Float
 
 from spatialvlm.errors import BoxError
 from spatialvlm.scenes.boxes import Box
-from spatialvlm.scenes.cameras import Camera
 from spatialvlm.scenes.obb_fit import fit_upright_box, inlier_mask, largest_component
-from spatialvlm.scenes.transforms import Array, nearest_rotation
+from spatialvlm.scenes.transforms import Array
 
 MIN_SCORE = 0.6
 MIN_MASK_PX = 25
@@ -24,9 +24,6 @@ MERGE_CENTRE = 0.4
 MIN_FRAMES = 2
 MAX_ASPECT = 30.0
 MAX_POINTS_PER_MASK = 2_000
-UP_TOLERANCE_DEG = 5.0
-MIN_FLOOR_INLIERS = 0.3
-FLOOR_BAND_M = 0.03
 SIMILAR_DEPTH = 0.03
 
 
@@ -57,19 +54,16 @@ def keep_mask(mask: Bool[np.ndarray, "H W"], score: float) -> bool:
     return score >= MIN_SCORE and MIN_MASK_PX <= count <= MAX_MASK_SHARE * mask.size
 
 
-def observe(
-    frame: int,
-    label: str,
-    score: float,
+def mask_points(
     mask: Bool[np.ndarray, "H W"],
-    depth: Array,
-    camera: Camera,
-) -> Observation | None:
-    """Back-project a mask and clean the points; ``None`` when too few are left.
+    depth: Float[np.ndarray, "H W"],
+    intrinsics: Float[np.ndarray, "3 3"],
+) -> Float[np.ndarray, "N 3"] | None:
+    """Back-project a mask into the camera frame and clean the points; ``None`` when too few are left.
 
     Pixels of which fewer than two neighbours in the mask have a similar depth are dropped (depth is mixed
     at edges), then points whose mean distance to ten neighbours is more than one standard deviation above
-    the average.
+    the average. Nothing depends on the unit of the depth.
     """
     rows, columns = np.nonzero(mask & (depth > 0) & (_similar_neighbours(mask, depth) >= 2))
     if len(rows) < MIN_POINTS:
@@ -77,12 +71,11 @@ def observe(
     if len(rows) > MAX_POINTS_PER_MASK:
         chosen = np.linspace(0, len(rows) - 1, MAX_POINTS_PER_MASK).astype(int)
         rows, columns = rows[chosen], columns[chosen]
-    pixels = np.stack([columns, rows], axis=1) + 0.5
-    points = camera.back_project(pixels, depth[rows, columns].astype(np.float64))
+    z = depth[rows, columns].astype(np.float64)
+    homogeneous = np.stack([columns + 0.5, rows + 0.5, np.ones(len(rows))], axis=1)
+    points = homogeneous @ np.linalg.inv(intrinsics).T * z[:, None]
     points = points[inlier_mask(points, sigmas=1.0)]
-    if len(points) < MIN_POINTS:
-        return None
-    return Observation(frame, label, score, points)
+    return points if len(points) >= MIN_POINTS else None
 
 
 def _similar_neighbours(mask: Bool[np.ndarray, "H W"], depth: Array) -> Array:
@@ -157,22 +150,35 @@ def merge(observations: Sequence[Observation]) -> list[LiftedObject]:
     ]
 
 
+def fit_box(points: Float[np.ndarray, "N 3"]) -> Box:
+    """Smallest upright box around the largest connected part of the points.
+
+    Raises:
+        BoxError: Too few points, or flat.
+    """
+    return fit_upright_box(_evenly(points[largest_component(points)]))
+
+
 def fit_objects(
-    objects: Sequence[LiftedObject], counters: dict[str, int]
+    objects: Sequence[LiftedObject],
+    counters: Counter[str],
+    *,
+    fitter: Callable[[Array], Box] = fit_box,
+    min_frames: int = MIN_FRAMES,
 ) -> list[tuple[LiftedObject, Box]]:
-    """Upright boxes; what is seen in one frame only, flat, or a needle is dropped and counted."""
+    """Upright boxes; what is seen in too few frames, flat, or a needle is dropped and counted."""
     fitted = []
     for item in objects:
-        if len(item.frames) < MIN_FRAMES:
-            counters["single_frame"] = counters.get("single_frame", 0) + 1
+        if len(item.frames) < min_frames:
+            counters["single_frame"] += 1
             continue
         try:
-            box = fit_upright_box(_evenly(item.points[largest_component(item.points)]))
+            box = fitter(item.points)
         except BoxError:
-            counters["bad_box"] = counters.get("bad_box", 0) + 1
+            counters["bad_box"] += 1
             continue
         if box.size.max() / box.size.min() > MAX_ASPECT:
-            counters["aspect"] = counters.get("aspect", 0) + 1
+            counters["aspect"] += 1
             continue
         fitted.append((item, box))
     return fitted
@@ -183,65 +189,3 @@ def _evenly(points: Array, cell_m: float = 0.02) -> Array:
     first = np.unique(np.floor(points / cell_m).astype(int), axis=0, return_index=True)[1]
     even: Array = points[np.sort(first)]
     return even
-
-
-class FloorGravity:
-    """Up direction from the floor: RANSAC plane whose normal is near the cameras' up direction."""
-
-    id = "floor-ransac"
-    version = "1"
-
-    def __init__(self, seed: int = 0, trials: int = 400) -> None:
-        self.seed, self.trials = seed, trials
-
-    def up(
-        self, points: Float[np.ndarray, "N 3"], camera_up: Float[np.ndarray, "S 3"]
-    ) -> Array | None:
-        """Normal of the lowest large plane, or ``None``.
-
-        Args:
-            points: Scene points.
-            camera_up: Up direction of every image (minus its y axis); their mean is the first guess.
-        """
-        guess = camera_up.mean(axis=0)
-        guess /= np.linalg.norm(guess)
-        height = points @ guess
-        low = points[height <= np.percentile(height, 35)]
-        if len(low) < 100:
-            return None
-        rng = np.random.Generator(np.random.Philox(key=self.seed))
-        best, best_normal = 0.0, None
-        for _ in range(self.trials):
-            a, b, c = low[rng.integers(0, len(low), 3)]
-            normal = np.cross(b - a, c - a)
-            length = np.linalg.norm(normal)
-            if length < 1e-9:
-                continue
-            normal = normal / length * np.sign(normal @ guess)
-            if normal @ guess < np.cos(np.radians(35)):
-                continue
-            share = float((np.abs((low - a) @ normal) < FLOOR_BAND_M).mean())
-            if share > best:
-                best, best_normal = share, normal
-        if best_normal is None or best < MIN_FLOOR_INLIERS:
-            return None
-        return self._refined(low, best_normal)
-
-    def _refined(self, points: Array, normal: Array) -> Array:
-        """Least-squares normal of the inliers."""
-        offset = np.median(points @ normal)
-        near = points[np.abs(points @ normal - offset) < 2 * FLOOR_BAND_M]
-        if len(near) < 50:
-            return normal
-        refined = np.linalg.svd(near - near.mean(axis=0), full_matrices=False)[2][2]
-        better: Array = refined * np.sign(refined @ normal)
-        return better if better @ normal > np.cos(np.radians(UP_TOLERANCE_DEG)) else normal
-
-
-def level_rotation(up: Float[np.ndarray, " 3"]) -> Float[np.ndarray, "3 3"]:
-    """Rotation that takes ``up`` to +z by the shortest way."""
-    up = up / np.linalg.norm(up)
-    helper = np.array([1.0, 0, 0]) if abs(up[0]) < 0.9 else np.array([0.0, 1, 0])
-    x = np.cross(np.cross(up, helper), up)
-    x /= np.linalg.norm(x)
-    return nearest_rotation(np.stack([x, np.cross(up, x), up]))
