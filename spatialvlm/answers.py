@@ -53,8 +53,12 @@ def number_text(value: float, places: int) -> str:
 
 def round_half_up(value: float, places: int) -> float | int:
     """Return ``value`` as it is printed by :func:`number_text`; an ``int`` for ``places == 0``."""
-    text = number_text(value, places)
-    return int(text) if places == 0 else float(text)
+    return printed_value(number_text(value, places))
+
+
+def printed_value(text: str) -> float | int:
+    """The number that :func:`number_text` wrote: an ``int`` without a decimal point."""
+    return float(text) if "." in text else int(text)
 
 
 def decimals_of(text: str) -> int:

@@ -5,7 +5,6 @@ Scalars live in Python lists, because a task looks at a few numbers at a time.
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import shapely
 from shapely.geometry import MultiPoint, Polygon
 from shapely.geometry.base import BaseGeometry
 
+from spatialvlm.scenes.areas import floor_area
 from spatialvlm.scenes.boxes import UPRIGHT_TILT_DEG
 from spatialvlm.scenes.cameras import MIN_GROUND_PROJECTION, Camera
 from spatialvlm.scenes.io import load_depth, load_instances
@@ -161,9 +161,11 @@ class SceneContext:
             for frame in scene.frames
         )
         """Some visibility was guessed from boxes alone: neither depth nor instances were measured."""
+        self.slot_parts: dict[tuple[Any, ...], tuple[dict[str, Any], str]] = {}
+        """Fixed parts of the slots of rows and their JSON text, filled by ``writer``."""
         self.edges: dict[tuple[int, ...], list[Any]] = {}
         """Relations of views and of pairs of objects, filled by ``scene_graph``."""
-        self._seen_in: dict[tuple[int, ...], tuple[bool, float]] = {}
+        self._seen_in: dict[tuple[int, ...], list[tuple[bool, float]]] = {}
         self._appearances: dict[tuple[int, ...], tuple[float, float] | None] = {}
         self._pairs: dict[tuple[int, int], Pair] = {}
         self._usable: list[tuple[int, int]] | None = None
@@ -239,8 +241,20 @@ class SceneContext:
 
     def bearing(self, a: int, b: int) -> float:
         """Direction from centre to centre on the ground, degrees counter-clockwise from +x."""
-        (ax, ay, _), (bx, by, _) = self.center_list[a], self.center_list[b]
-        return wrap_deg(math.degrees(math.atan2(by - ay, bx - ax)))
+        return self._bearings[a][b]
+
+    @cached_property
+    def _bearings(self) -> list[list[float]]:
+        ground = self.centers[:, :2]
+        rows: list[list[float]] = _bearings(ground[None] - ground[:, None]).tolist()
+        return rows
+
+    @cached_property
+    def corner_bearings(self) -> list[list[list[float]]]:
+        """``[observer][obj]`` -> directions from the centre of one to the 8 corners of the other, degrees."""
+        offset = self.corners[None, :, :, :2] - self.centers[:, None, None, :2]  # [N, N, 8, 2]
+        rows: list[list[list[float]]] = _bearings(offset).tolist()
+        return rows
 
     # Frames --------------------------------------------------------------------------------------
     @property
@@ -300,9 +314,12 @@ class SceneContext:
         for obj in objects:
             if not view.is_clean(obj):
                 raise Reject(Reason.NOT_CLEAN, f"object {obj} in frame {view.frame_id}")
-            if self.visibility_filter:
-                least = min(least, view.vis[obj].vis_frac)
+            least = min(least, self.share(view, obj))
         return least
+
+    def share(self, view: View, obj: int) -> float:
+        """Visible share of an object as far as it counts: all of it without the visibility filter."""
+        return view.vis[obj].vis_frac if self.visibility_filter else 1.0
 
     def require_level(self, view: View) -> None:
         """Reject views that have no left and right.
@@ -329,14 +346,23 @@ class SceneContext:
 
     def seen(self, obj: int, frames: Sequence[int]) -> tuple[bool, float]:
         """:meth:`visible_once` and :meth:`best_visibility` in one look-up."""
-        key = (obj, *frames)
+        return self.seen_in(frames)[obj]
+
+    def seen_in(self, frames: Sequence[int]) -> list[tuple[bool, float]]:
+        """:meth:`seen` of every object."""
+        key = tuple(frames)
         if key not in self._seen_in:
-            records = [self.view(frame).vis[obj] for frame in frames]
-            self._seen_in[key] = (
-                any(v.state == "visible" and v.px_frac >= APPEARED_PX_FRAC for v in records),
-                max((v.vis_frac for v in records), default=0.0),
-            )
+            self._seen_in[key] = [self._look_for(obj, key) for obj in range(len(self.objects))]
         return self._seen_in[key]
+
+    def _look_for(self, obj: int, frames: Sequence[int]) -> tuple[bool, float]:
+        if not self.visibility_filter:
+            return any(self.view(frame).is_clean(obj) for frame in frames), 1.0
+        records = [self.view(frame).vis[obj] for frame in frames]
+        return (
+            any(v.state == "visible" and v.px_frac >= APPEARED_PX_FRAC for v in records),
+            max((v.vis_frac for v in records), default=0.0),
+        )
 
     # Video ---------------------------------------------------------------------------------------
     def video_frames(self, count: int = 32) -> list[int]:
@@ -348,9 +374,29 @@ class SceneContext:
         return list(dict.fromkeys((2 * i * last + steps) // (2 * steps) for i in range(count)))
 
     @cached_property
+    def clip(self) -> tuple[int, ...]:
+        """The (at most 32) frames that stand for the scene as a video."""
+        return tuple(self.video_frames())
+
+    @cached_property
     def clip_ids(self) -> list[str]:
-        """Ids of the (at most 32) frames that stand for the scene as a video."""
-        return [self.scene.frames[index].frame_id for index in self.video_frames()]
+        """Ids of :attr:`clip`."""
+        return [self.scene.frames[index].frame_id for index in self.clip]
+
+    def indices(self, frame_ids: Sequence[str]) -> tuple[int, ...]:
+        """Frame indices of ids."""
+        if frame_ids == self.clip_ids:
+            return self.clip
+        return tuple(self.frame_of[frame_id] for frame_id in frame_ids)
+
+    @cached_property
+    def seen_unique(self) -> list[int]:
+        """Objects with a label of their own that are seen in the clip."""
+        return [
+            same[0]
+            for same in self.by_label.values()
+            if len(same) == 1 and self.visible_once(same[0], self.clip)
+        ]
 
     def appearance(self, obj: int, frames: Sequence[int]) -> tuple[float, float] | None:
         """First appearance on the shown frames as ``(earliest, latest)`` moment.
@@ -484,20 +530,19 @@ class SceneContext:
 
     @cached_property
     def area_m2(self) -> float | None:
-        """Floor area of the room when the scene states it or a polygon."""
-        room = self.scene.room
-        if room is None:
-            return None
-        if room.area_m2 is not None:
-            return float(room.area_m2)
-        if room.polygon_xy is None:
-            return None
-        return float(Polygon(room.polygon_xy).area)
+        """Floor area of the room: stated, of its polygon, or of the scene's points."""
+        return floor_area(self.scene)
 
     @property
     def comparison_gap_m(self) -> float:
         """Least difference of two distances that is asked about: 0.30 m in rooms above 40 m²."""
         return 0.30 if (self.area_m2 or 0.0) > 40.0 else 0.15
+
+
+def _bearings(offsets: Array) -> Array:
+    """``[..., 2]`` ground offsets to degrees counter-clockwise from +x, (-180, 180]."""
+    angles = np.degrees(np.arctan2(offsets[..., 1], offsets[..., 0]))
+    return np.where(angles == -180.0, 180.0, angles)
 
 
 def _extent(values: Array) -> list[tuple[float, float]]:

@@ -26,6 +26,8 @@ from spatialvlm.synthesis.writer import Writer
 
 TRIES_PER_ROW = 20
 
+Media = tuple[list[str], list[str], list[float] | None]
+"""Image paths, frame ids, and times in seconds."""
 Counters = Counter[tuple[str, str]]
 """(task, reason or ``rows``) -> number."""
 
@@ -130,6 +132,7 @@ class RowMaker:
         twin = scene.extra.get("twin")
         self.seed_id = str(twin["of"]) if twin else scene.scene_id
         self._task_columns: dict[str, dict[str, Any]] = {}
+        self._media: dict[tuple[int, ...], Media] = {}
 
     def row(self, task: Task, args: Args) -> dict[str, Any]:
         """Derive, phrase and assemble one row.
@@ -166,10 +169,9 @@ class RowMaker:
         columns = self._task_columns[task.id]
         if qa.tags:
             columns = {**columns, "tags": [*columns["tags"], *qa.tags]}
-        frames = [self.ctx.scene.frames[index] for index in qa.frames]
-        times = [frame.time_s for frame in frames]
+        images, frame_ids, times = self._media_of(tuple(qa.frames))
         overlap = None
-        if len(frames) == 2 and qa.media == "images":
+        if len(images) == 2 and qa.media == "images":
             overlap = self.ctx.pair(qa.frames[0], qa.frames[1]).iou
         return finish_row(
             self.scene_columns,
@@ -179,8 +181,21 @@ class RowMaker:
             qa,
             args_json=key,
             identity=row_id(self.ctx.scene.scene_id, task.id, key, qa.turns[0].form),
-            images=[f"{self.prefix}{frame.rgb}" for frame in frames],
-            frame_ids=[frame.frame_id for frame in frames],
-            frame_times=None if None in times else [float(t) for t in times if t is not None],
+            images=images,
+            frame_ids=frame_ids,
+            frame_times=times,
             overlap=overlap,
         )
+
+    def _media_of(self, indices: tuple[int, ...]) -> Media:
+        """Image paths, ids and times of frames; rows about the same frames share the lists."""
+        found = self._media.get(indices)
+        if found is None:
+            frames = [self.ctx.scene.frames[index] for index in indices]
+            times = [float(frame.time_s) for frame in frames if frame.time_s is not None]
+            found = self._media[indices] = (
+                [f"{self.prefix}{frame.rgb}" for frame in frames],
+                [frame.frame_id for frame in frames],
+                times if len(times) == len(frames) else None,
+            )
+        return found

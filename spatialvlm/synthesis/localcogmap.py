@@ -10,7 +10,7 @@ one similarity.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, permutations
 
@@ -129,22 +129,23 @@ def build_chain(points: Sequence[complex], *, radius: float, min_anchor: float) 
         return chain
     chain.triplets.append(seed)
     inside = [seed.anchor1, seed.anchor2, seed.target]
-    outside = [i for i in range(count) if i not in inside]
+    # Object outside -> its distances to the two nearest objects inside.
+    outside = {
+        i: sorted(distance[i][j] for j in inside)[:2] for i in range(count) if i not in inside
+    }
     while outside:
-        chosen = min(outside, key=lambda i: (_two_nearest(distance[i], inside), i))
-        outside.remove(chosen)
+        chosen = min(outside, key=lambda i: (round(sum(outside[i]), 6), i))
+        del outside[chosen]
         grown = _attach(chosen, inside, distance, valid)
         if grown is None:
             chain.dropped.append(chosen)
-        else:
-            chain.triplets.append(grown)
-            inside.append(chosen)
+            continue
+        chain.triplets.append(grown)
+        inside.append(chosen)
+        for i, two in outside.items():
+            if distance[i][chosen] < two[1]:
+                outside[i] = sorted((two[0], distance[i][chosen]))
     return chain
-
-
-def _two_nearest(distances: Sequence[float], inside: Sequence[int]) -> float:
-    near = sorted(distances[i] for i in inside)
-    return round(near[0] + near[1], 6)
 
 
 def _attach(
@@ -156,11 +157,14 @@ def _attach(
     """Best anchor pair for a new object: nearer anchor first, then swapped, then the next pair."""
     # The 16 best pairs lie among the 17 nearest objects.
     near = sorted(inside, key=lambda i: (distance[new][i], i))[: MAX_PAIRS + 1]
-    pairs = sorted(
-        combinations(near, 2),
-        key=lambda p: (round(distance[new][p[0]] + distance[new][p[1]], 6), p),
-    )
-    for a, b in pairs[:MAX_PAIRS]:
+
+    def pairs() -> Iterator[tuple[int, int]]:
+        yield near[0], near[1]  # mostly valid already
+        rest = list(combinations(near, 2))[1:]
+        rest.sort(key=lambda p: (round(distance[new][p[0]] + distance[new][p[1]], 6), p))
+        yield from rest[: MAX_PAIRS - 1]
+
+    for a, b in pairs():
         first, second = sorted((a, b), key=lambda i: (distance[new][i], i))
         for one, two in ((first, second), (second, first)):
             triplet = valid(one, two, new)

@@ -75,7 +75,9 @@ def refer(
         Reject: ``referral``: no phrase singles the object out.
     """
     label = ctx.labels[obj]
-    rivals = [o for o in instances(ctx, obj, frames, video=video) if o != obj]
+    rivals: list[int] = []
+    if len(ctx.by_label[label]) > 1:
+        rivals = [o for o in instances(ctx, obj, frames, video=video) if o != obj]
     if colours and ctx.objects[obj].color_name:
         named = by_colour(ctx, obj, rivals)
         if named is not None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import pyarrow as pa
 
@@ -97,19 +97,14 @@ class Reject(Exception):  # noqa: N818 - the ordinary way out of a candidate, no
         self.detail = detail
 
 
-@dataclass(frozen=True, slots=True)
-class Margin:
-    """How far the deciding quantity is from flipping the answer.
-
-    Args:
-        kind: What was measured, e.g. ``gap_m``, ``ratio``, ``angle_deg``, ``vis``.
-        value: Its value.
-        threshold: The least value at which the question is still asked; positive.
-    """
+class Margin(NamedTuple):
+    """How far the deciding quantity is from flipping the answer."""
 
     kind: str
+    """What was measured, e.g. ``gap_m``, ``ratio``, ``angle_deg``, ``vis``."""
     value: float
     threshold: float
+    """The least value at which the question is still asked; positive."""
 
     @property
     def normalised(self) -> float:
@@ -117,7 +112,7 @@ class Margin:
         return self.value / self.threshold
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Derived:
     """An answer and why it holds.
 
@@ -153,6 +148,21 @@ class Turn:
     """Object index -> character ranges of its default rendering inside ``question``."""
 
 
+class Slot(NamedTuple):
+    """What the instruction formats need to know about one named object."""
+
+    fixed: dict[str, Any]
+    """``obj label phrase unique size boxes masks``: the same wherever the object is named like this."""
+    text: str
+    """``fixed`` as JSON, without the closing brace."""
+    spans: list[list[int]]
+    """``[message, start, end]`` of every place that names the object."""
+
+    def json(self) -> str:
+        """Entry of the column ``slots``."""
+        return f'{self.text},"spans":{compact_json(self.spans)}}}'
+
+
 @dataclass(slots=True)
 class QA:
     """A complete question about some images, before it becomes a row."""
@@ -161,7 +171,7 @@ class QA:
     frames: list[int]
     """Frame indices in the order of the markers."""
     media: MediaKind = "images"
-    slots: list[dict[str, Any]] = field(default_factory=list)
+    slots: list[Slot] = field(default_factory=list)
     marks: list[dict[str, Any]] = field(default_factory=list)
     formats_ok: list[int] = field(default_factory=lambda: [0])
     system: str | None = None
@@ -217,18 +227,27 @@ SCHEMA = pa.schema(
 """Columns ``answer_json slots marks evidence`` hold JSON text."""
 
 
-_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-_compact = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+def _json_writer(*, sort_keys: bool) -> Callable[[Any], str]:
+    """``json.dumps`` without blanks for values that never contain themselves.
+
+    ``json`` builds its C encoder again for every call, which takes longer than most of our values; here it is
+    built once. Interpreters without it take the public one.
+    """
+    public = json.JSONEncoder(
+        sort_keys=sort_keys, separators=(",", ":"), ensure_ascii=False, check_circular=False
+    )
+    make = getattr(json.encoder, "c_make_encoder", None)
+    if make is None:
+        return public.encode
+    text = json.encoder.encode_basestring
+    encode = make(None, public.default, text, None, ":", ",", sort_keys, False, True)
+    return lambda value: "".join(encode(value, 0))
 
 
-def canonical_json(value: Any) -> str:
-    """JSON text that is equal for equal values: sorted keys, no blanks."""
-    return _canonical.encode(value)
-
-
-def compact_json(value: Any) -> str:
-    """JSON text without blanks, keys in their own order."""
-    return _compact.encode(value)
+canonical_json = _json_writer(sort_keys=True)
+"""JSON text that is equal for equal values: sorted keys, no blanks."""
+compact_json = _json_writer(sort_keys=False)
+"""JSON text without blanks, keys in their own order."""
 
 
 def hashed(*parts: object, size: int = 8) -> int:
@@ -252,17 +271,27 @@ def row_id(scene_id: str, task: str, args_json: str, form: str) -> str:
 
 def rounded(values: Any, places: int = 6) -> Any:
     """Round every float inside nested lists and dicts; numpy scalars become Python numbers."""
+    kind = type(values)
+    if kind is float:
+        return round(values, places) + 0.0
+    if kind is str or kind is int or kind is bool:
+        return values
     if isinstance(values, float):
         return round(float(values), places) + 0.0
-    if isinstance(values, str | int):
-        return values
-    if isinstance(values, dict):
+    if kind is dict:
         return {key: rounded(value, places) for key, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [rounded(value, places) for value in values]
+    if kind is list or kind is tuple:
+        return [
+            round(value, places) + 0.0 if type(value) is float else rounded(value, places)
+            for value in values
+        ]
     if hasattr(values, "tolist"):
         return rounded(values.tolist(), places)
     return values
+
+
+_POOL_BYTES = 60
+"""Twelve numbers of five bytes per hash."""
 
 
 class Draws:
@@ -271,23 +300,24 @@ class Draws:
     Wording, options and forms are drawn from it, so they do not depend on how many rows came before.
     """
 
-    __slots__ = ("_counter", "_key", "_pool")
+    __slots__ = ("_at", "_block", "_key", "_pool")
 
     def __init__(self, *parts: object) -> None:
-        self._key = "\x1f".join(str(part) for part in parts).encode()
-        self._counter = 0
+        self._key = "\x1f".join(map(str, parts)).encode()
+        self._block = 0
         self._pool = b""
+        self._at = _POOL_BYTES
 
     def integer(self, below: int) -> int:
         """Uniform integer in ``[0, below)`` (bias below 2**-24)."""
-        if len(self._pool) < 5:
-            self._pool = hashlib.blake2b(
-                self._key, digest_size=60, salt=self._counter.to_bytes(4, "big")
-            ).digest()
-            self._counter += 1
-        value = int.from_bytes(self._pool[:5], "big")
-        self._pool = self._pool[5:]
-        return value % below
+        at = self._at
+        if at == _POOL_BYTES:
+            salt = self._block.to_bytes(4, "big")
+            self._pool = hashlib.blake2b(self._key, digest_size=_POOL_BYTES, salt=salt).digest()
+            self._block += 1
+            at = 0
+        self._at = at + 5
+        return int.from_bytes(self._pool[at : at + 5], "big") % below
 
     def unit(self) -> float:
         """Uniform number in ``[0, 1)``."""
@@ -304,6 +334,10 @@ class Draws:
             j = self.integer(i + 1)
             mixed[i], mixed[j] = mixed[j], mixed[i]
         return mixed
+
+
+MARKERS = {"images": "<image>\n", "video": "<video>\n", "none": ""}
+"""What stands at the head of the first question, once per image or once per clip."""
 
 
 def finish_row(
@@ -337,18 +371,19 @@ def finish_row(
     """
     several = isinstance(derived, list)
     parts = derived if isinstance(derived, list) else [derived]
-    tightest = min((part.margin for part in parts), key=lambda margin: margin.normalised)
+    tightest = parts[0].margin
+    if several:
+        tightest = min((part.margin for part in parts), key=lambda margin: margin.normalised)
     first = qa.turns[0]
-    marker = {"images": "<image>\n" * len(images), "video": "<video>\n", "none": ""}[qa.media]
+    marker = MARKERS[qa.media] * (len(images) if qa.media == "images" else 1)
     messages = [{"role": "system", "content": qa.system}] if qa.system else []
-    for index, turn in enumerate(qa.turns):
-        question = (marker if index == 0 else "") + turn.question
-        messages.append({"role": "user", "content": question})
+    for turn in qa.turns:
+        messages.append({"role": "user", "content": marker + turn.question})
         messages.append({"role": "assistant", "content": turn.reply})
+        marker = ""
     evidence = [
         f'{{"args":{args_json},"values":{compact_json(rounded(part.values))}}}' for part in parts
     ]
-    answers = [turn.answer for turn in qa.turns]
     return {
         "id": identity,
         "messages": messages,
@@ -361,13 +396,15 @@ def finish_row(
         "variant": str(args.get("variant", "")),
         "form": first.form,
         "answer_type": first.answer_type,
-        "answer_json": compact_json(answers if several else answers[0]),
-        "answer_text": "\n".join(turn.answer_text for turn in qa.turns),
+        "answer_json": compact_json(
+            [turn.answer for turn in qa.turns] if several else first.answer
+        ),
+        "answer_text": "\n".join([turn.answer_text for turn in qa.turns]),
         "unit": first.unit,
         "options": list(first.options),
         "choice_idx": first.choice_idx,
-        "slots": compact_json(qa.slots),
-        "marks": compact_json(qa.marks),
+        "slots": f"[{','.join([slot.json() for slot in qa.slots])}]",
+        "marks": compact_json(qa.marks) if qa.marks else "[]",
         "formats_ok": qa.formats_ok,
         "template_id": first.template_id,
         "answer_template_id": first.answer_template_id,

@@ -195,7 +195,7 @@ class PhraseBook:
         problems = lint(texts)
         if problems:
             raise SynthesisError("templates have problems:\n  " + "\n  ".join(problems))
-        self._found: dict[tuple[str, str, str, str | None], list[Template]] = {}
+        self._choices: dict[tuple[str | int | None, ...], list[Template]] = {}
         self.templates = {
             task: {
                 key: [
@@ -215,12 +215,6 @@ class PhraseBook:
         Raises:
             SynthesisError: There is none.
         """
-        found = self._found.get((task, form, variant, unit))
-        if found is None:
-            found = self._found[task, form, variant, unit] = self._search(task, form, variant, unit)
-        return found
-
-    def _search(self, task: str, form: str, variant: str, unit: str | None) -> list[Template]:
         keys = self.templates.get(task, {})
         suffix = f"@{unit}" if unit else ""
         for key in (f"{variant}/{form}{suffix}", f"{variant}/{form}", f"{form}{suffix}", form):
@@ -242,13 +236,16 @@ class PhraseBook:
         unit: str | None = None,
     ) -> Template:
         """One paraphrase by hash; the last of each list is kept for the val and test splits."""
-        lines = self.find(task, form, variant, unit)
-        if wording.paraphrases is not None:
-            lines = lines[: wording.paraphrases]
-        elif task != "_reply" and len(lines) > 1:
-            lines = lines[:-1] if split == "train" else lines[-1:]
-        chosen: Template = draws.choice(lines)
-        return chosen
+        key = (task, form, variant, unit, split, wording.paraphrases)
+        lines = self._choices.get(key)
+        if lines is None:
+            lines = self.find(task, form, variant, unit)
+            if wording.paraphrases is not None:
+                lines = lines[: wording.paraphrases]
+            elif task != "_reply" and len(lines) > 1:
+                lines = lines[:-1] if split == "train" else lines[-1:]
+            self._choices[key] = lines
+        return draws.choice(lines)
 
 
 @lru_cache(maxsize=1)

@@ -10,7 +10,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spatialvlm.answers import LETTERS, AnswerType, format_answer, number_text, round_half_up
+from spatialvlm.answers import (
+    LETTERS,
+    AnswerType,
+    format_answer,
+    number_text,
+    printed_value,
+    round_half_up,
+)
 from spatialvlm.synthesis.context import SceneContext
 from spatialvlm.synthesis.formats import allowed_formats
 from spatialvlm.synthesis.marks import mark_colour, mark_record
@@ -22,7 +29,9 @@ from spatialvlm.synthesis.rows import (
     MediaKind,
     Reason,
     Reject,
+    Slot,
     Turn,
+    compact_json,
 )
 from spatialvlm.synthesis.wording import UNIT_WORDS, PhraseBook, Ref, Wording
 
@@ -225,8 +234,8 @@ class Writer:
         )
         question, spans = template.fill(slots)
         if answer_type == "number":
-            answer = round_half_up(answer, places if places is not None else 2)
-            shown = number_text(answer, places if places is not None else 2)
+            shown = number_text(answer, 2 if places is None else places)
+            answer = printed_value(shown)
         else:
             shown = format_answer(answer_type, answer)
         options: list[str] = []
@@ -236,9 +245,7 @@ class Writer:
                 raise ValueError(f"task {self.task}: form MCQ needs wrong options")
             answer_type, answer = "mcq", shown
             options, choice = self.options(shown, wrong)
-            block = "\n".join(
-                f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False)
-            )
+            block = "\n".join(map("{}. {}".format, LETTERS, options))
             start = len(question) + 1
             for obj, (a, b) in self._mentions(block):
                 spans.setdefault(obj, []).append((start + a, start + b))
@@ -303,7 +310,7 @@ class Writer:
             group=group,
         )
 
-    def _slots(self, turns: Sequence[Turn], offset: int) -> list[dict[str, Any]]:
+    def _slots(self, turns: Sequence[Turn], offset: int) -> list[Slot]:
         """What formats need to know about each named object; ``offset`` messages come first."""
         spans: dict[int, list[list[int]]] = {}
         for number, turn in enumerate(turns):
@@ -312,37 +319,45 @@ class Writer:
                 spans.setdefault(obj, []).extend([message, a, b] for a, b in ranges)
             for obj, (a, b) in self._mentions(turn.reply):
                 spans.setdefault(obj, []).append([message + 1, a, b])
-        slots = []
-        for obj, places in spans.items():
-            ref = self.refs[obj]
-            boxes, masks = {}, {}
-            size = (0, 0)
-            for image, frame in enumerate(self.frames):
-                view = self.ctx.view(frame)
-                if not view.is_clean(obj):
-                    continue
-                boxes[str(image)] = [round(value, 1) for value in view.vis[obj].bbox2d]
-                size = (view.camera.width, view.camera.height)
-                if self.wording.masks:
-                    masks[str(image)] = self.ctx.mask(frame, obj)
-            slots.append(
-                {
-                    "obj": obj,
-                    "label": ref.label,
-                    "phrase": ref.label if ref.how == "mark" else ref.short,
-                    "unique": ref.how != "mark",
-                    "size": size,
-                    "boxes": boxes,
-                    "masks": masks,
-                    "spans": places,
-                }
-            )
-        return slots
+        return [Slot(*self._slot_part(self.refs[obj]), places) for obj, places in spans.items()]
+
+    def _slot_part(self, ref: Ref) -> tuple[dict[str, Any], str]:
+        """What a slot says about an object named like this in the shown frames, and its JSON text."""
+        marked, parts = ref.how == "mark", self.ctx.slot_parts
+        phrase = ref.label if marked else ref.short
+        key = (ref.obj, phrase, marked, self.wording.masks, *self.frames)
+        if key not in parts:
+            fixed = {
+                "obj": ref.obj,
+                "label": ref.label,
+                "phrase": phrase,
+                "unique": not marked,
+                **self._shapes(ref.obj),
+            }
+            parts[key] = (fixed, compact_json(fixed)[:-1])
+        return parts[key]
+
+    def _shapes(self, obj: int) -> dict[str, Any]:
+        """Image size, and boxes and masks of an object in the shown images in which it is clean."""
+        boxes, masks = {}, {}
+        size = (0, 0)
+        for image, frame in enumerate(self.frames):
+            view = self.ctx.view(frame)
+            if not view.is_clean(obj):
+                continue
+            boxes[str(image)] = [round(value, 1) for value in view.vis[obj].bbox2d]
+            size = (view.camera.width, view.camera.height)
+            if self.wording.masks:
+                masks[str(image)] = self.ctx.mask(frame, obj)
+        return {"size": size, "boxes": boxes, "masks": masks}
 
     def _mentions(self, text: str) -> list[tuple[int, tuple[int, int]]]:
         """Where a text names the objects of the row without an article; longer names win."""
+        if not self.refs:
+            return []
         found: list[tuple[int, tuple[int, int]]] = []
-        for ref in sorted(self.refs.values(), key=lambda ref: (-len(ref.short), ref.obj)):
+        named = [ref for ref in self.refs.values() if ref.short in text]
+        for ref in sorted(named, key=lambda ref: (-len(ref.short), ref.obj)):
             start = text.find(ref.short)
             while start >= 0:
                 end = start + len(ref.short)
@@ -351,7 +366,7 @@ class Writer:
                 start = text.find(ref.short, end)
         return found
 
-    def _formats(self, slots: Sequence[dict[str, Any]]) -> list[int]:
+    def _formats(self, slots: Sequence[Slot]) -> list[int]:
         if self.media != "images":
             return [0]
         if not self.wording.varies_formats:
@@ -361,7 +376,7 @@ class Writer:
         if not slots or free_marks:
             # Marks that belong to no slot would be lost; an empty list means "as written".
             return [] if self.marks else [0]
-        return allowed_formats(slots)
+        return allowed_formats([slot.fixed for slot in slots])
 
 
 _HINTED = frozenset({"mcq", "yesno", "number", "text"})

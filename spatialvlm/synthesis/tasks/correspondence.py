@@ -224,7 +224,7 @@ class CorrObj(Task):
             return Derived(obj == other, Margin("vis", least, VISIBLE), {})
         vis = two.vis[obj]
         if two.is_clean(obj):
-            return Derived(True, Margin("vis", min(least, vis.vis_frac), VISIBLE), {})
+            return Derived(True, Margin("vis", min(least, ctx.share(two, obj)), VISIBLE), {})
         if vis.state == "hidden" and (vis.in_frustum_frac == 0 or vis.vis_frac < 0.01):
             return Derived(False, Margin("vis", least, VISIBLE), {})
         raise Reject(Reason.AMBIGUOUS, f"object {obj} in {two.frame_id}")

@@ -90,12 +90,12 @@ class SizeAbs(Task):
         ctx.require_clean(view, args["objects"])
         turns = []
         for obj in args["objects"]:
-            vis = view.vis[obj]
-            if vis.trunc:
+            if view.vis[obj].trunc:
                 raise Reject(Reason.TRUNCATED, f"object {obj}")
             value = extent(ctx, obj, args["variant"])
             require_range(value, 0.05, 6.0, args["variant"])
-            turns.append(Derived(value, Margin("vis", vis.vis_frac, VISIBLE), {"size_m": value}))
+            seen = Margin("vis", ctx.share(view, obj), VISIBLE)
+            turns.append(Derived(value, seen, {"size_m": value}))
         return turns if len(turns) > 1 else turns[0]
 
     def phrase(

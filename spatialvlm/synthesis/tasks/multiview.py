@@ -240,9 +240,7 @@ def half_extent_deg(ctx: SceneContext, observer: int, obj: int) -> float:
 
 def corner_angles(ctx: SceneContext, observer: int, obj: int, heading: float) -> list[float]:
     """Bearings of the eight corners against a heading, degrees."""
-    offset = ctx.corners[obj][:, :2] - ctx.centers[observer][:2]
-    bearings = np.degrees(np.arctan2(offset[:, 1], offset[:, 0]))
-    return [wrap_deg(bearing - heading) for bearing in bearings.tolist()]
+    return [wrap_deg(bearing - heading) for bearing in ctx.corner_bearings[observer][obj]]
 
 
 class MvPos(Task):

@@ -121,7 +121,7 @@ class VsiRoute(RouteTask):
 
     def propose(self, ctx: SceneContext, rng: Generator) -> Iterator[Args]:
         """Stops are objects with labels of their own that stand on the floor."""
-        pool = [obj for obj in self.seen_unique(ctx) if stands_on_floor(ctx, obj)]
+        pool = [obj for obj in ctx.seen_unique if stands_on_floor(ctx, obj)]
         require_count(pool, 3, Reason.TOO_FEW_OBJECTS)
         for stops in routes(ctx, rng, pool):
             yield {"variant": str(len(stops) - 2), "frames": self.clip(ctx), "objects": stops}

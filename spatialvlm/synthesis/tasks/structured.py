@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from numpy.random import Generator
 
@@ -174,7 +174,7 @@ class SsrGrounding7(VideoTask):
             },
         )
 
-    def _refer(self, ctx: SceneContext, args: Args, frames: list[int]) -> Ref:
+    def _refer(self, ctx: SceneContext, args: Args, frames: Sequence[int]) -> Ref:
         ref = refer_by(ctx, args["objects"][0], frames, args["variant"])
         if ref is None:
             raise Reject(Reason.REFERRAL, args["variant"])
@@ -216,7 +216,7 @@ class SsrLcm(VideoTask):
         """Triplets in order of growth; then the same with fitted anchors, then the whole chain."""
         del rng
         clip = self.clip(ctx)
-        pool = self.seen_unique(ctx)
+        pool = ctx.seen_unique
         require_count(pool, 3, Reason.LCM_TOO_FEW)
         points = [complex(*ctx.center_list[obj][:2]) for obj in pool]
         radius, least = thresholds(points, metric=ctx.scene.metric)
@@ -243,7 +243,7 @@ class SsrLcm(VideoTask):
         self.require_unique(ctx, objects)
         self.require_seen(ctx, objects, self.frames(ctx, args))
         a, b, t = (complex(*ctx.center_list[obj][:2]) for obj in objects)
-        pool = self.seen_unique(ctx)
+        pool = ctx.seen_unique
         _, least = thresholds(
             [complex(*ctx.center_list[obj][:2]) for obj in pool], metric=ctx.scene.metric
         )

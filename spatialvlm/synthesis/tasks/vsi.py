@@ -6,7 +6,7 @@ not shown is never asked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, islice, pairwise
 from typing import ClassVar
 
@@ -22,7 +22,6 @@ from spatialvlm.synthesis.tasks.camera import order_turn
 from spatialvlm.synthesis.tasks.multiview import corner_angles
 from spatialvlm.synthesis.writer import Writer
 
-NUM_FRAMES = 32
 APPEARANCE_GAP_S = 1.0
 MAX_CHAINS = 3000
 """Label combinations looked at per scene."""
@@ -44,32 +43,23 @@ class VideoTask(Task):
             raise Reject(Reason.TOO_FEW_FRAMES, f"{ctx.num_frames}")
         return ctx.clip_ids
 
-    def frames(self, ctx: SceneContext, args: Args) -> list[int]:
+    def frames(self, ctx: SceneContext, args: Args) -> tuple[int, ...]:
         """Frame indices of a row."""
-        return [ctx.frame_of[frame_id] for frame_id in args["frames"]]
+        return ctx.indices(args["frames"])
 
-    def require_seen(self, ctx: SceneContext, objects: list[int], frames: list[int]) -> Margin:
+    def require_seen(
+        self, ctx: SceneContext, objects: Sequence[int], frames: Sequence[int]
+    ) -> Margin:
         """Margin of the least visible object.
 
         Raises:
             Reject: ``not_visible``.
         """
-        least = 1.0
+        table = ctx.seen_in(frames)
         for obj in objects:
-            seen, share = ctx.seen(obj, frames)
-            if not seen:
+            if not table[obj][0]:
                 raise Reject(Reason.NOT_VISIBLE, f"object {obj}")
-            least = min(least, share)
-        return Margin("vis", least, 0.3)
-
-    def seen_unique(self, ctx: SceneContext) -> list[int]:
-        """Objects with a label of their own that are seen in the clip."""
-        frames = ctx.video_frames(NUM_FRAMES)
-        return [
-            same[0]
-            for same in ctx.by_label.values()
-            if len(same) == 1 and ctx.visible_once(same[0], frames)
-        ]
+        return Margin("vis", min([table[obj][1] for obj in objects], default=1.0), 0.3)
 
     def require_unique(self, ctx: SceneContext, objects: list[int]) -> None:
         """Reject objects that share their label.
@@ -123,7 +113,7 @@ class VsiCount(VideoTask):
         )
 
 
-def first_seen(ctx: SceneContext, label: str, frames: list[int]) -> tuple[float, float] | None:
+def first_seen(ctx: SceneContext, label: str, frames: Sequence[int]) -> tuple[float, float] | None:
     """First appearance of the earliest instance of a label, ``None`` if an instance never appears."""
     known = []
     for obj in ctx.by_label[label]:
@@ -147,7 +137,7 @@ class VsiOrder(VideoTask):
 
     def propose(self, ctx: SceneContext, rng: Generator) -> Iterator[Args]:
         """Labels that appear one clearly after the other, four where possible; mentioned in any order."""
-        frames = ctx.video_frames(NUM_FRAMES)
+        frames = ctx.clip
         moments = {label: first_seen(ctx, label, frames) for label in sorted(ctx.by_label)}
         known = {label: moment for label, moment in moments.items() if moment is not None}
         ranked = sorted(known, key=lambda label: known[label])
@@ -209,7 +199,7 @@ class VsiObjSize(VideoTask):
 
     def propose(self, ctx: SceneContext, rng: Generator) -> Iterator[Args]:
         """Objects with a label of their own."""
-        pool = self.seen_unique(ctx)
+        pool = ctx.seen_unique
         for i in shuffled(rng, pool):
             yield {"variant": "", "frames": self.clip(ctx), "objects": [pool[i]]}
 
@@ -292,7 +282,7 @@ class VsiAbsDist(VideoTask):
 
     def propose(self, ctx: SceneContext, rng: Generator) -> Iterator[Args]:
         """Pairs of objects with labels of their own."""
-        for objects in tuples(rng, self.seen_unique(ctx), 2):
+        for objects in tuples(rng, ctx.seen_unique, 2):
             yield {"variant": "", "frames": self.clip(ctx), "objects": objects}
 
     def derive(self, ctx: SceneContext, args: Args) -> Derived:
@@ -325,7 +315,7 @@ class VsiRelDist(VideoTask):
 
     def propose(self, ctx: SceneContext, rng: Generator) -> Iterator[Args]:
         """A unique reference and candidate labels, four where the scene has them."""
-        frames = ctx.video_frames(NUM_FRAMES)
+        frames = ctx.clip
         seen = [
             label
             for label, same in sorted(ctx.by_label.items())
@@ -337,7 +327,7 @@ class VsiRelDist(VideoTask):
         for _ in range(MAX_CHAINS // 4):
             reference = unique[int(rng.integers(len(unique)))]
             pool = [label for label in seen if label != reference]
-            count = min(int(rng.choice([4, 4, 3, 2])), len(pool))
+            count = min((4, 4, 3, 2)[int(rng.integers(4))], len(pool))
             labels = [pool[i] for i in rng.permutation(len(pool))[:count].tolist()]
             yield {
                 "variant": str(count),
@@ -394,7 +384,7 @@ class VsiRelDir(VideoTask):
 
     def propose(self, ctx: SceneContext, rng: Generator) -> Iterator[Args]:
         """Triples of objects with labels of their own."""
-        pool = self.seen_unique(ctx)
+        pool = ctx.seen_unique
         require_count(pool, 3, Reason.TOO_FEW_OBJECTS)
         for objects in tuples(rng, pool, 3):
             variant = self.variants[int(rng.integers(3))]
@@ -442,7 +432,7 @@ def relative_direction(ctx: SceneContext, a: int, b: int, c: int, variant: str) 
     word, margin = direction_word(angle, variant)
     low, high = next((lo, hi) for name, lo, hi in DIRECTIONS[variant] if name == word)
     outside = sum(
-        not any(low <= corner + turn <= high for turn in (0.0, 360.0))
+        not (low <= corner <= high or low <= corner + 360.0 <= high)
         for corner in corner_angles(ctx, a, c, heading)
     )
     if outside > 2:

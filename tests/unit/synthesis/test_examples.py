@@ -333,7 +333,9 @@ class Clock:
     def __init__(self, moments):
         self.moments = moments
         self.by_label = {label: [label] for label in moments}
-        self.frame_of = {}
+
+    def indices(self, frame_ids):
+        return frame_ids
 
     def appearance(self, obj, frames):
         return self.moments[obj]
