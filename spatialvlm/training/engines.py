@@ -220,6 +220,10 @@ class Ddp(_TorchEngine):
             return nullcontext()
         return self.wrapped.no_sync()  # type: ignore[operator, no-any-return]
 
+    def discard(self) -> None:
+        # Gradients stay views of the reduction buckets; new ones would take 4 bytes per parameter beside them.
+        self.optimizer.zero_grad(set_to_none=self.wrapped is self.model)
+
     def slices(self, *, loading: bool) -> list[Slice]:
         return replicated_slices(
             self.model,
@@ -232,7 +236,11 @@ class Ddp(_TorchEngine):
 
 
 class Fsdp2(_TorchEngine):
-    """``fully_shard`` on every block and on the root; fp32 shards, bf16 all-gather, fp32 reduction."""
+    """``fully_shard`` on every block and on the root; fp32 shards, bf16 all-gather, fp32 reduction.
+
+    Gradients are reduced in every micro-step, as under ZeRO-2: kept back until the last one they would be whole on
+    every rank, 4 bytes per parameter.
+    """
 
     strategy: Strategy = "fsdp2"
 
@@ -267,7 +275,7 @@ class Fsdp2(_TorchEngine):
         return out
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[Any]:
-        self.sharded.set_requires_gradient_sync(last)
+        del last
         return nullcontext()
 
     @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import gc
 import json
 import os
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -18,7 +21,9 @@ import deepspeed.ops
 from spatialvlm.training.checkpoint import CheckpointStore, Snapshot, load_checkpoint
 from spatialvlm.training.distributed import Processes
 from spatialvlm.training.engines import deepspeed_settings, make_engine
-from spatialvlm.training.optim import set_lrs, verify_groups
+from spatialvlm.training.estimate import state_bytes
+from spatialvlm.training.optim import build_adamw, plan_groups, set_lrs, verify_groups
+from spatialvlm.typing import LossOutput
 from tests.unit.training.fakes import RATES, FakeLoader, FakeVLM, prepare
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -29,12 +34,6 @@ def engine_for(strategy, processes, seed=0, rates=RATES):
     torch.manual_seed(1)
     model = FakeVLM(seed)
     _, groups, factory = prepare(model, rates)
-    settings = None
-    if strategy.startswith("zero"):
-        file = ROOT / "configs" / "deepspeed" / f"{strategy}_cpu.json"
-        settings = deepspeed_settings(
-            json.loads(file.read_text()), bf16=False, max_grad_norm=0.5, reduce_dtype="fp32"
-        )
     return make_engine(
         strategy,
         model,
@@ -43,7 +42,7 @@ def engine_for(strategy, processes, seed=0, rates=RATES):
         processes,
         max_grad_norm=0.5,
         bf16=False,
-        deepspeed=settings,
+        deepspeed=cpu_settings(strategy),
     )
 
 
@@ -67,6 +66,68 @@ def run_steps(engine, processes, start, stop, poison=(), kinds=None):
         applied.append(engine.step(found))
         losses.append((processes.sum(loss) / total).item())
     return losses, norms, applied
+
+
+class Wide(nn.Module):
+    """Two million parameters, so that what is fixed (buckets, counters) weighs little."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(512, 512, bias=False) for _ in range(8))
+
+    def forward(self, batch):
+        x = batch["x"]
+        for layer in self.layers:
+            x = layer(x)
+        nothing = torch.zeros(1)
+        return LossOutput(x.sum(), *(nothing,) * 6)
+
+
+def tensor_bytes():
+    """Bytes of all storages that Python can reach."""
+    gc.collect()
+    found = {}
+    for item in gc.get_objects():
+        if type(item) in (torch.Tensor, nn.Parameter, DTensor):
+            local = item.to_local() if type(item) is DTensor else item
+            found[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+    return sum(found.values())
+
+
+def bytes_per_parameter(strategy, processes):
+    """Measured and estimated bytes of weights, gradients, masters and moments per parameter, between two micro-steps."""
+    before = tensor_bytes()
+    model = Wide()
+    total = sum(p.numel() for p in model.parameters())
+    groups = plan_groups(
+        model, {"language_model": list(model.named_parameters())}, {"language_model": 1e-3}
+    )
+    settings = cpu_settings(strategy)
+    engine = make_engine(
+        strategy, model, groups, lambda m: build_adamw(m, groups), processes, max_grad_norm=1.0, bf16=False,
+        deepspeed=settings,
+    )  # fmt: skip
+    batch = {"x": torch.ones(2, 512)}
+    for last in (True, True, False):
+        with engine.micro_step(last=last):
+            engine.backward(engine(batch).loss_sum)
+        if last:
+            engine.step(engine.grad_norms(due=True))
+    kept = [p.grad for p in model.parameters() if p.grad is not None]
+    measured = (tensor_bytes() - before) / total
+    del kept
+    bucket = settings["zero_optimization"]["reduce_bucket_size"] if settings else 0
+    planned = state_bytes(strategy, trainable=total, frozen=0, world=processes.size, bf16=False, bucket=bucket)  # fmt: skip
+    return measured, planned / total
+
+
+def cpu_settings(strategy):
+    if not strategy.startswith("zero"):
+        return None
+    file = ROOT / "configs" / "deepspeed" / f"{strategy}_cpu.json"
+    return deepspeed_settings(
+        json.loads(file.read_text()), bf16=False, max_grad_norm=0.5, reduce_dtype="fp32"
+    )
 
 
 def main():
@@ -93,7 +154,10 @@ def main():
         load_checkpoint(path, again, processes)
         found["resumed"] = run_steps(again, processes, 3, 6)
         store.save(6, again, snapshot)
+        if strategy.startswith("zero"):  # what other trainers leave behind, for the importer
+            again.engine.save_checkpoint(str(out_dir / f"native-{strategy}"), tag="global_step6")
         result[strategy] = found
+    result["memory"] = {s: bytes_per_parameter(s, processes) for s in strategies}
     for origin in sys.argv[3].split(",") if len(sys.argv) > 3 else []:
         for strategy in strategies:
             engine = engine_for(strategy, processes, seed=9)

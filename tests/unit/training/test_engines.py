@@ -1,14 +1,18 @@
 """All strategies on two real processes in one launch, against one process; and the DeepSpeed JSON rules."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from spatialvlm.errors import ConfigError
+from spatialvlm.training.checkpoint import SliceReader
+from spatialvlm.training.deepspeed_files import read_weights
 from spatialvlm.training.engines import deepspeed_settings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -37,6 +41,7 @@ def results(tmp_path_factory):
         )
         assert done.returncode == 0, done.stderr[-3000:]
     return {
+        "folder": folder,
         **json.loads((folder / "result-2.json").read_text()),
         "one": json.loads((folder / "result-1.json").read_text())["ddp"],
     }
@@ -79,6 +84,38 @@ def test_a_nan_on_one_rank_skips_the_step_everywhere(results, strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_checkpoints_move_between_strategies_and_world_sizes(results, origin, strategy):
     _close(results[f"{origin}->{strategy}"]["resumed"], results["one"]["second"])
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_memory_of_weights_gradients_and_moments_is_what_the_estimate_says(results, strategy):
+    """Between two micro-steps, in bytes per parameter; a reduction bucket may or may not exist at that moment."""
+    measured, planned = results["memory"][strategy]
+    bucket = 4 * 500_000 / (8 * 512**2) if strategy.startswith("zero") else 0.0
+    assert planned - bucket - 0.02 * planned <= measured <= planned + 0.04 * planned
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_clipping_bound_reaches_every_engine(results, strategy):
+    """Adam's step hides a missing clip; its first moment does not."""
+    assert max(norms["total"] for norms in results["one"]["first"][1]) > 2 * 0.5
+    expected = SliceReader(results["folder"] / "ddp-1" / "step-00000003")
+    found = SliceReader(results["folder"] / f"{strategy}-2" / "step-00000003")
+    for name, shape in expected.index.shapes.items():
+        size = math.prod(shape)
+        torch.testing.assert_close(
+            found.read("exp_avg", name, 0, size), expected.read("exp_avg", name, 0, size), rtol=1e-4, atol=1e-7,
+        )  # fmt: skip
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_native_deepspeed_files_are_read_without_running_them(results, strategy):
+    weights = read_weights(results["folder"] / f"native-{strategy}")
+    ours = SliceReader(results["folder"] / f"{strategy}-2" / "step-00000006")
+    assert set(weights) == set(ours.index.shapes)
+    assert all(torch.equal(weights[name], ours.tensor(name)) for name in weights)
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero1_cpu", "zero2_cpu", "zero3_cpu"])
