@@ -2,17 +2,22 @@
 
     python benchmarks/data_loader.py media --json benchmarks/results/data_media.json
     python benchmarks/data_loader.py plan --json benchmarks/results/data_plan.json
+    python benchmarks/data_loader.py rows --json benchmarks/results/data_rows.json
+    python benchmarks/data_loader.py wait --json benchmarks/results/data_wait.json
     python benchmarks/data_loader.py resume
 
 ``media``: images per second and core from JPEG bytes to what is sent to the model, against the stock Hugging Face
 processor, and bytes sent; the values after normalisation are compared. ``plan``: 1,000 steps of a 1:1 mix of the shape
-of the reference mix (spatial 1-4 images and short answers, general half text-only half one image). ``resume``: seconds to
-the first batch at step 0 and at a late step. One thread.
+of the reference mix (spatial 1-4 images and short answers, general half text-only half one image). ``rows``: everything that
+``tools/plan_data.py`` does with new rows (index, lengths, order, plan), in CPU seconds per million rows. ``wait``: share of
+a training step of a tiny model that waits for one worker. ``resume``: seconds to the first batch at step 0 and at a late
+step. One thread.
 """
 
 import argparse
 import io
 import json
+import resource
 import tempfile
 import time
 from pathlib import Path
@@ -28,16 +33,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["media", "plan", "resume"])
+    parser.add_argument("part", choices=["media", "plan", "rows", "wait", "resume"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--workers", type=int, default=1, help="processes that measure rows")
     parser.add_argument("--world", type=int, default=8)
     args = parser.parse_args()
     torch.set_num_threads(1)
     parts = {
         "media": lambda: media(args.images),
         "plan": lambda: plan(args.steps, args.world),
+        "rows": lambda: rows(args.rows, args.workers),
+        "wait": wait,
         "resume": resume,
     }
     result = parts[args.part]()
@@ -168,8 +177,8 @@ def plan(steps: int, world: int) -> dict[str, Any]:
     return out
 
 
-def resume() -> dict[str, Any]:
-    """Seconds from a ready loader to its first batch, at the start and far into the run."""
+def toy_config(root: Path, sources: list[dict[str, Any]], **changes: Any) -> Any:
+    """The sections of a recipe that the data path reads."""
     from types import SimpleNamespace
 
     from spatialvlm.config.data import (
@@ -179,6 +188,79 @@ def resume() -> dict[str, Any]:
         SharedPrefixConfig,
         StepConfig,
     )
+
+    families = {source["family"]: 1.0 for source in sources}
+    data = {"sources": sources, "families": families, "index_dir": str(root / "index")}
+    return SimpleNamespace(
+        data=DataConfig(**data | changes.get("data", {})),
+        step=StepConfig(**changes.get("step", {})),
+        packing=PackingConfig(),
+        shared_prefix=SharedPrefixConfig(min_media_per_step=1),
+        loader=LoaderConfig(num_workers=changes.get("num_workers", 0)),
+        geometry=None,
+        run=SimpleNamespace(dir=str(root)),
+    )
+
+
+def write_mix(root: Path, num_rows: int) -> list[dict[str, Any]]:
+    """Sources of a 1:1 mix: eight short questions per photograph, and text of 60 to 500 words."""
+    rng = np.random.default_rng(0)
+    words = np.array(
+        [
+            "the",
+            "a",
+            "of",
+            "room",
+            "chair",
+            "table",
+            "left",
+            "right",
+            "behind",
+            "near",
+            "blue",
+            "wooden",
+            "how",
+            "many",
+            "is",
+            "it",
+        ]
+    )
+    (root / "photos").mkdir()
+    data = jpegs([(480, 640)], 1)[0]
+    (root / "photos" / "0.jpg").write_bytes(data)
+
+    def talk(question: str, answer: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    def say(count: int) -> str:
+        return " ".join(words[rng.integers(0, len(words), count)])
+
+    half = num_rows // 2
+    with (root / "spatial.jsonl").open("w") as out:
+        for number in range(half):
+            photo = f"photos/{number // 8}.jpg"
+            if number and number % 8 == 0:
+                (root / photo).hardlink_to(root / "photos" / "0.jpg")
+            row = {"messages": talk(f"<image>\n{say(12)}?", say(3)), "images": [photo]}
+            out.write(json.dumps(row) + "\n")
+    with (root / "general.jsonl").open("w") as out:
+        for _ in range(num_rows - half):
+            row = {"messages": talk(say(30), say(int(rng.integers(30, 470))))}
+            out.write(json.dumps(row) + "\n")
+    return [
+        {"name": name, "family": name, "files": [f"{name}.jsonl"], "root": str(root)}
+        for name in ("spatial", "general")
+    ]
+
+
+def cpu_s() -> float:
+    """CPU seconds of this process and of the children that have ended."""
+    parts = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(part.ru_utime + part.ru_stime for part in parts)
+
+
+def rows(num_rows: int, workers: int) -> dict[str, Any]:
+    """From files to the plan of every step."""
     from spatialvlm.data.build import build_data
     from spatialvlm.data.sample import World
     from spatialvlm.models.build import build_layout
@@ -188,30 +270,83 @@ def resume() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         folder = make_checkpoint("qwen3vl", root / "model")
-        rows = [
-            {
-                "messages": [
-                    {"role": "user", "content": f"q {n}"},
-                    {"role": "assistant", "content": "a"},
-                ]
-            }
-            for n in range(2000)
-        ]
-        (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        config = SimpleNamespace(
-            data=DataConfig(
-                sources=[{"name": "s", "family": "f", "files": ["rows.jsonl"], "root": name}],
-                families={"f": 1.0},
-                index_dir=str(root / "index"),
-                length={"samples": 10**9},
-            ),
-            step=StepConfig(global_batch_size=128),
-            packing=PackingConfig(),
-            shared_prefix=SharedPrefixConfig(min_media_per_step=1),
-            loader=LoaderConfig(num_workers=0),
-            geometry=None,
-            run=SimpleNamespace(dir=name),
+        config = toy_config(root, write_mix(root, num_rows), data={"lengths": "exact"})
+        cost = CostCoefficients(1.0, 0.0, 0.0, 0.0, 0.0)
+        start, wall = cpu_s(), time.perf_counter()
+        loader = build_data(
+            config, folder, build_layout(folder), cost, World(0, 8), workers=workers
         )
+        measured = cpu_s()
+        tokens = [int(records["tokens"].sum()) for records in loader.lengths.records]
+        for _ in loader.plans():
+            pass
+        end = cpu_s()
+        return {
+            "rows": num_rows,
+            "workers": workers,
+            "tokens": sum(tokens),
+            "index_and_lengths_cpu_s": measured - start,
+            "plan_cpu_s": end - measured,
+            "cpu_s_per_million_rows": (end - start) * 1e6 / num_rows,
+            "wall_s": time.perf_counter() - wall,
+        }
+
+
+def wait() -> dict[str, Any]:
+    """Share of a step that the training process waits for one worker."""
+    from spatialvlm.data.build import build_data
+    from spatialvlm.data.sample import World
+    from spatialvlm.models.build import build_layout, build_model
+    from spatialvlm.testing import make_checkpoint
+    from spatialvlm.typing import CostCoefficients
+
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        folder = make_checkpoint("qwen3vl", root / "model")
+        step = {"global_batch_size": 32}
+        config = toy_config(root, write_mix(root, 4000), step=step, num_workers=1)
+        cost = CostCoefficients(1.0, 0.0, 0.0, 0.0, 0.0)
+        loader = build_data(config, folder, build_layout(folder), cost, World())
+        model = build_model(folder, attention="tree_sdpa")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        waited, total = [], []
+        start = time.perf_counter()
+        steps = iter(loader)
+        for batches in steps:
+            for batch in batches.batches:
+                (model(batch).loss_sum / batches.denominator_local).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            end = time.perf_counter()
+            waited.append(batches.wait_s)
+            total.append(end - start)
+            start = end
+            if len(total) == 15:
+                steps.close()
+        first, steady = 3, slice(3, None)  # the first steps start the worker
+        return {
+            "steps": len(total) - first,
+            "samples_per_step": step["global_batch_size"],
+            "step_s": float(np.median(total[steady])),
+            "wait_share": sum(waited[steady]) / sum(total[steady]),
+        }
+
+
+def resume() -> dict[str, Any]:
+    """Seconds from a ready loader to its first batch, at the start and far into the run."""
+    from spatialvlm.data.build import build_data
+    from spatialvlm.data.sample import World
+    from spatialvlm.models.build import build_layout
+    from spatialvlm.testing import make_checkpoint
+    from spatialvlm.typing import CostCoefficients
+
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        folder = make_checkpoint("qwen3vl", root / "model")
+        talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+        (root / "rows.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 2000)
+        source = {"name": "s", "family": "f", "files": ["rows.jsonl"], "root": name}
+        config = toy_config(root, [source], data={"length": {"samples": 10**9}})
         cost = CostCoefficients(1.0, 0.0, 0.0, 0.0, 0.0)
         out = {}
         for step in (0, 100_000, 7_000_000):

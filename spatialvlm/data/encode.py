@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from spatialvlm.typing import (
     KIND_TEXT,
     KIND_VIDEO,
 )
+
+if TYPE_CHECKING:
+    from spatialvlm.typing import IntArray
 
 _SUPERVISED = np.int64(1 << 40)
 """Added to supervised ids while the layout moves them around; no vocabulary is that large."""
@@ -159,8 +163,18 @@ def fit(
     )
 
 
+class _Head(NamedTuple):
+    """The beginning of a sample, up to the end of its last medium."""
+
+    expanded: Expanded
+    """Its positions have one column more, for the text token that follows."""
+    labels: IntArray
+    num_visual: int
+    num_spatial: int
+
+
 class HeadCache:
-    """Expanded beginnings of samples, up to the end of their last medium.
+    """Laid-out beginnings of samples, up to the end of their last medium.
 
     Questions about the same media stand next to each other in files and in groups and share their
     beginning, so laying it out once saves most of the work.
@@ -168,9 +182,9 @@ class HeadCache:
 
     def __init__(self, size: int = 64) -> None:
         self.size = size
-        self._heads: dict[Any, Expanded] = {}
+        self._heads: dict[Any, _Head] = {}
 
-    def get(self, key: Any, expand: Callable[[], Expanded]) -> Expanded:
+    def get(self, key: Any, expand: Callable[[], _Head]) -> _Head:
         """The head of a key, computed on a miss."""
         if key not in self._heads:
             if len(self._heads) >= self.size:
@@ -196,53 +210,47 @@ def _assemble(
         for info, group in zip(media, groups, strict=True)
     ]
     head, tail = _split_head(pieces, template.media_end_ids)
-    body = np.concatenate([piece.ids + _SUPERVISED * piece.supervised for piece in tail])
     if head:
         key = tuple(
             items[p] if isinstance(p, int) else (p.ids.tobytes(), p.supervised) for p in head
         )
         known = (heads or HeadCache(1)).get(
-            key, lambda: _expand_head(head, items, template, layout)
+            key, lambda: _expand_head(head, items, template, layout, sample.uid)
         )
     else:
-        known = Expanded(
-            body[:0], np.zeros(0, np.uint8), np.zeros((layout.num_position_rows, 1), np.int64)
-        )
+        known = _no_head(layout.num_position_rows)
+    ids = np.concatenate([known.expanded.input_ids, *[piece.ids for piece in tail]])
+    first, length = len(known.expanded.input_ids), len(ids)
+    kind = np.zeros(length, np.uint8)
+    kind[:first] = known.expanded.token_kind
     # the head's last position is the one of the token behind it; text goes on from there in all rows
-    first, begin = len(known.input_ids), known.position_ids[:, -1:]
-    ids = np.concatenate([known.input_ids, body])
-    kind = np.zeros(len(ids), np.uint8)
-    kind[:first] = known.token_kind
-    positions = np.empty((len(begin), len(ids)), np.int64)
-    positions[:, :first] = known.position_ids[:, :-1]
-    positions[:, first:] = begin + np.arange(len(body))
-    supervised = ids >= _SUPERVISED
-    ids[supervised] -= _SUPERVISED
-    labels = np.where(supervised, ids, IGNORE_INDEX)
-    counts = np.bincount(kind[:first], minlength=KIND_CAMERA + 1)
-    if np.any(kind[supervised] != KIND_TEXT):
-        raise DataError(f"{sample.uid}: a media token would be supervised")
-    visual = int(counts[KIND_IMAGE] + counts[KIND_VIDEO])
-    expected = sum(layout.count(item)[0] for item in items)
-    if visual != expected:
-        raise DataError(
-            f"{sample.uid}: {visual} visual tokens in the sequence, but its media give {expected}"
-        )
-    answer = int(np.argmax(supervised)) if supervised.any() else len(ids)
+    begin = known.expanded.position_ids[:, -1:]
+    positions = np.empty((len(begin), length), np.int64)
+    positions[:, :first] = known.expanded.position_ids[:, :-1]
+    positions[:, first:] = begin + np.arange(length - first)
+    labels = np.full(length, IGNORE_INDEX, np.int64)
+    labels[:first] = known.labels
+    at = first
+    for piece in tail:
+        if piece.supervised:
+            labels[at : at + len(piece.ids)] = piece.ids
+        at += len(piece.ids)
+    supervised = np.flatnonzero(labels != IGNORE_INDEX)
+    answer = int(supervised[0]) if len(supervised) else length
     return EncodedSample(
         input_ids=ids,
         labels=labels,
         token_kind=kind,
         position_ids=positions,
-        grids=tuple(info.grid for info in media),
+        grids=tuple([info.grid for info in media]),
         # the predictor of the first answer token has to lie in the branch
         prefix_len=min(first, answer - 1) if first <= answer else 0,
-        num_label_tokens=int(supervised.sum()),
-        num_patches=sum(info.num_patches for info in media),
-        num_visual_tokens=visual,
-        num_spatial_tokens=int(counts[KIND_SPATIAL] + counts[KIND_CAMERA]),
-        frames=tuple(info.ref.frames or () for info in media),
-        frame_times_s=tuple(info.times_s for info in media),
+        num_label_tokens=len(supervised),
+        num_patches=sum([info.num_patches for info in media]),
+        num_visual_tokens=known.num_visual,
+        num_spatial_tokens=known.num_spatial,
+        frames=tuple([info.ref.frames or () for info in media]),
+        frame_times_s=tuple([info.times_s for info in media]),
     )
 
 
@@ -269,11 +277,41 @@ def _expand_head(
     items: Sequence[MediaItem],
     template: ChatTemplate,
     layout: TokenLayout,
-) -> Expanded:
-    """The head's tokens; its positions have one column more, for the text token that follows."""
+    uid: str,
+) -> _Head:
+    """Lay out a head.
+
+    Raises:
+        DataError: A media token would be supervised, or visual tokens and media do not fit together.
+    """
     tagged = [
         items[piece] if isinstance(piece, int) else piece.ids + _SUPERVISED * piece.supervised
         for piece in head
     ]
-    expanded = layout.expand([*tagged, np.array([template.pad_id])], template.encode)
-    return Expanded(expanded.input_ids[:-1], expanded.token_kind[:-1], expanded.position_ids)
+    ids, kind, positions = layout.expand([*tagged, np.array([template.pad_id])], template.encode)
+    ids, kind = ids[:-1], kind[:-1]
+    supervised = ids >= _SUPERVISED
+    if np.any(kind[supervised] != KIND_TEXT):
+        raise DataError(f"{uid}: a media token would be supervised")
+    ids = np.where(supervised, ids - _SUPERVISED, ids)
+    counts = np.bincount(kind, minlength=KIND_CAMERA + 1)
+    visual = int(counts[KIND_IMAGE] + counts[KIND_VIDEO])
+    expected = sum([layout.count(item)[0] for item in items])
+    if visual != expected:
+        raise DataError(
+            f"{uid}: {visual} visual tokens in the sequence, but its media give {expected}"
+        )
+    return _Head(
+        Expanded(ids, kind, positions),
+        np.where(supervised, ids, IGNORE_INDEX),
+        visual,
+        int(counts[KIND_SPATIAL] + counts[KIND_CAMERA]),
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _no_head(position_rows: int) -> _Head:
+    """The head of a sample without media."""
+    nothing = np.zeros(0, np.int64)
+    expanded = Expanded(nothing, np.zeros(0, np.uint8), np.zeros((position_rows, 1), np.int64))
+    return _Head(expanded, nothing, 0, 0)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 _CHUNK = 2048
 """Rows measured at a time by a process."""
 

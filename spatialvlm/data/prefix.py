@@ -15,7 +15,7 @@ import numpy as np
 
 from spatialvlm.data.media.plan import MediaInfo
 from spatialvlm.data.sample import EncodedSample, Sample, Segment
-from spatialvlm.typing import IGNORE_INDEX
+from spatialvlm.typing import IGNORE_INDEX, KIND_TEXT
 
 
 def media_key(root: str, sample: Sample, media: Sequence[MediaInfo]) -> int:
@@ -38,14 +38,17 @@ def media_key(root: str, sample: Sample, media: Sequence[MediaInfo]) -> int:
 
 
 def group_key(encoded: EncodedSample, media_id: int, geometry_groups: Sequence[int]) -> int:
-    """Key that is equal only for samples with the same prefix tokens, pixels and geometry; 0 = never."""
+    """Key that is equal only for samples with the same prefix tokens, pixels and geometry; 0 = never.
+
+    Media tokens and positions follow from the text around the media, their grids and frames, so only
+    the text is hashed; :func:`common_prefix` compares everything when a pack is built.
+    """
     end = encoded.prefix_len
     if end == 0:
         return 0
-    digest = [encoded.input_ids[:end].tobytes(), encoded.position_ids[:, :end].tobytes()]
-    return _hash(
-        b"".join([*digest, repr((media_id, tuple(geometry_groups), encoded.grids)).encode()])
-    )
+    text = encoded.input_ids[:end][encoded.token_kind[:end] == KIND_TEXT]
+    what = repr((media_id, end, tuple(geometry_groups), encoded.grids))
+    return _hash(text.tobytes() + what.encode())
 
 
 def common_prefix(members: Sequence[EncodedSample]) -> int:

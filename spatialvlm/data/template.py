@@ -125,12 +125,13 @@ class ChatTemplate:
         Supervised are the text and the end-of-turn token of assistant turns with ``train``; under
         ``train_on="last"`` only of the last turn.
         """
-        last = len(turns) - 1
+        whole = self._with_system(turns)
         builder = _Builder(self)
-        for index, turn in enumerate(self._with_system(turns)):
-            offset = index - (len(self._with_system(turns)) - len(turns))
+        for index, turn in enumerate(whole, start=1):
             supervised = (
-                turn.role == "assistant" and turn.train and (train_on == "all" or offset == last)
+                turn.role == "assistant"
+                and turn.train
+                and (train_on == "all" or index == len(whole))
             )
             builder.special(self.start_id)
             builder.text(f"{turn.role}\n")
@@ -169,7 +170,8 @@ class ChatTemplate:
         return self._encode(text)
 
     def _encode(self, text: str) -> IntArray:
-        return np.asarray(self._plain.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        (found,) = self._plain.encode_batch_fast([text], add_special_tokens=False)  # no offsets
+        return np.asarray(found.ids, dtype=np.int64)
 
     def decode(self, ids: Sequence[int] | IntArray, *, skip_special_tokens: bool = False) -> str:
         """Text of ids."""
