@@ -85,7 +85,7 @@ def write_rows(root: Path, pictures: int) -> None:
 def measure(engine: str, root: Path, recipe: Path) -> dict[str, Any]:
     """Seconds per step and per pause of one run; the first step and the first pause warm up."""
     file, overrides = ENGINES[engine]
-    folder = root / engine
+    folder = root.parent / engine
     command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file"]
     command += [f"configs/accelerate/{file}.yaml", "recipes/stage1.py", str(recipe)]
     environment = {
@@ -106,8 +106,8 @@ def measure(engine: str, root: Path, recipe: Path) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(f"{engine}: {done.stdout[-2000:]}{done.stderr[:2000]}")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [line["time/step_s"] for line in lines if "time/step_s" in line][1:]
-    pauses = [line["time/eval_s"] for line in lines if "time/eval_s" in line]
+    steps = [line["step_s"] for line in lines if "step_s" in line][1:]
+    pauses = [line["evaluation/pause_s"] for line in lines if "evaluation/pause_s" in line]
     answers = (folder / "eval/step_00000002/spatialvlm_rows/predictions.jsonl").read_text()
     tokens = sum(json.loads(line)["num_new_tokens"] for line in answers.splitlines())
     return {
@@ -128,7 +128,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
+        root = Path(name) / "data"
+        root.mkdir()
         write_rows(root, args.pictures)
         model = make_checkpoint("qwen3vl", root / "model")
         recipe = root / "recipe.yaml"

@@ -13,20 +13,30 @@ import sys
 from pathlib import Path
 
 from spatialvlm.errors import USER_ERRORS
-from spatialvlm.evaluation.predictions import read_manifest, read_predictions
+from spatialvlm.evaluation.conventions import with_conventions
+from spatialvlm.evaluation.predictions import by_row_number, read_manifest, read_predictions
 from spatialvlm.evaluation.prompts import MEDIA_MODES, build_messages
-from spatialvlm.evaluation.registry import BENCHMARKS, check_media, load_benchmark
-from spatialvlm.evaluation.schema import PROTOCOLS
+from spatialvlm.evaluation.registry import BENCHMARKS, check_media, find_spec, load_benchmark
+from spatialvlm.evaluation.schema import PROTOCOLS, load_items
 from spatialvlm.evaluation.scoring import UNPARSED, check_protocol, score, write_result
 
 
 def _score(args: argparse.Namespace) -> None:
     check_protocol(args.protocol)
     ids = set(Path(args.ids).read_text().split()) if args.ids else None
-    benchmark = load_benchmark(
-        args.bench, args.data, media_root=args.media_root, ids=ids, strict=args.strict
+    spec = with_conventions(
+        find_spec(args.bench),
+        strict_mra=args.mra == "strict",
+        single_existence=args.existence == "single",
+        default_options=args.caa_default_options,
     )
+    benchmark = load_items(spec, args.data, media_root=args.media_root, ids=ids, strict=args.strict)
     predictions, warnings = read_predictions(args.pred, style=args.format)
+    if args.format == "lmms":
+        predictions = by_row_number(benchmark.items, predictions)
+        warnings.append(
+            f"lmms-eval's sample log holds row numbers only: {args.data} must have the rows of its split in their order"
+        )
     manifest = read_manifest(Path(args.pred[0]).parent)
     result = score(
         benchmark,
@@ -136,6 +146,21 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("--strict", action="store_true", help="refuse an unexpected number of items")
     one.add_argument("--strip-think", action="store_true")
     one.add_argument("--use-extracted", action="store_true")
+    one.add_argument(
+        "--mra", choices=["official", "strict"], default="official", help="strict: < instead of <="
+    )
+    one.add_argument(
+        "--existence",
+        choices=["pairs", "single"],
+        default="pairs",
+        help="InternSpatial-Bench: whether both questions of a pair must be right",
+    )
+    one.add_argument(
+        "--caa-default-options",
+        type=int,
+        metavar="K",
+        help="SITE-Bench: options assumed where a row's do not parse (EASI: 4)",
+    )
     one.add_argument("--media-root")
     one.add_argument("--ids", help="file with the ids of a subset, one per line")
     one.add_argument("--baselines", nargs="*", default=[])

@@ -106,9 +106,10 @@ def run_requests(
     settings: dict[str, tuple[int, Any]] = {}
     for number, request in enumerate(requests):
         if len(request.args) != NUM_ARGS:
-            version = getattr(require_lmms(), "__version__", "?")
+            from importlib.metadata import version
+
             raise ConfigError(
-                f"lmms-eval {version} passes {len(request.args)} request arguments, this adapter knows {NUM_ARGS}; "
+                f"lmms-eval {version('lmms-eval')} passes {len(request.args)} request arguments, this adapter knows {NUM_ARGS}; "
                 "install lmms-eval>=0.7.3,<0.8"
             )
         _, to_messages, options, doc_id, task, split = request.args
@@ -230,8 +231,8 @@ def check() -> str:
     Raises:
         ConfigError: What fails, with the real reason.
     """
-    package = require_lmms()
-    from importlib.metadata import entry_points
+    require_lmms()
+    from importlib.metadata import entry_points, version
 
     found = [entry for entry in entry_points(group="lmms_eval.models") if entry.name == NAME]
     if not found:
@@ -239,7 +240,7 @@ def check() -> str:
             "the entry point lmms_eval.models:spatialvlm is not installed; pip install -e . again"
         )
     manifest = found[0].load()
-    return f"lmms-eval {getattr(package, '__version__', '?')}: model {manifest.model_id!r} -> {_chat_class().__qualname__}"
+    return f"lmms-eval {version('lmms-eval')}: model {manifest.model_id!r} -> {_chat_class().__qualname__}"
 
 
 def main() -> int:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,26 @@ def read_predictions(
                     "Remove one of the lines."
                 )
     return {key: value[0] for key, value in found.items()}, warnings
+
+
+def by_row_number(
+    items: Sequence[Item], predictions: Mapping[Key, Prediction]
+) -> dict[Key, Prediction]:
+    """Give answers of lmms-eval, which are numbered by row, the ids of these rows.
+
+    Raises:
+        DataError: A number beyond the last row.
+    """
+    found = {}
+    for prediction in predictions.values():
+        if not prediction.id.isdecimal() or int(prediction.id) >= len(items):
+            raise DataError(
+                f"the sample log answers row {prediction.id}, the benchmark file has {len(items)} items: "
+                "wrong split or benchmark?"
+            )
+        item = items[int(prediction.id)]
+        found[item.key] = replace(prediction, id=item.id, variant=item.variant)
+    return found
 
 
 def join(

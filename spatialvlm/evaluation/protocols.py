@@ -5,6 +5,7 @@ the benchmark authors' scorer, ``lmms`` the behaviour of lmms-eval 0.7.3, ``easi
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from spatialvlm.errors import DataError
@@ -38,9 +39,7 @@ def judge_choice(item: Item, text: str, extractor: ChoiceExtractor) -> Verdict:
     return Verdict(letter, float(not unparsed and letter == item.gold), unparsed)
 
 
-def judge_number(
-    item: Item, text: str, extractor: NumberExtractor, *, signed: bool, strict: bool = False
-) -> Verdict:
+def judge_number(item: Item, text: str, extractor: NumberExtractor, *, signed: bool) -> Verdict:
     """Mean relative accuracy of the extracted number.
 
     Raises:
@@ -54,8 +53,16 @@ def judge_number(
     value = extractor(text)
     if value is None:
         return Verdict(None, 0.0, True)
-    score = float(mra(value, item.gold, strict=strict, signed=signed)[0])
+    score = float(mra(value, item.gold, signed=signed)[0])
     return Verdict(value, score, False)
+
+
+def strictly(item: Item, verdict: Verdict, *, signed: bool) -> Verdict:
+    """The same verdict with ``<`` in place of ``<=`` in the mean relative accuracy of a number."""
+    if item.kind != "number" or verdict.unparsed or (signed and item.gold <= 0):
+        return verdict
+    score = float(mra(verdict.extracted, item.gold, strict=True, signed=signed)[0])
+    return replace(verdict, score=score)
 
 
 def choice_judge(extractors: Mapping[str, ChoiceExtractor]) -> Callable[[str], Judge]:

@@ -138,6 +138,8 @@ class BenchmarkSpec:
     """White space around media markers is part of the prompt (our own rows are trained that way)."""
     lower_is_better: bool = False
     """The headline is an error, not a percentage."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Conventions that were switched on, see :mod:`spatialvlm.evaluation.conventions`."""
 
 
 @dataclass(frozen=True)

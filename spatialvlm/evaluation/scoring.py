@@ -51,6 +51,8 @@ class Result:
     chance: dict[str, Any]
     extra: dict[str, Any]
     deviations: list[str]
+    conventions: dict[str, Any]
+    """Other than the authors', e.g. ``{"mra": "strict"}``."""
     settings: dict[str, Any]
     partial: bool
     missing_types: list[str]
@@ -79,6 +81,7 @@ class Result:
         return (
             f"{self.benchmark}  {h['value']:.2f}{se}  ({h['name']}, SE by {self.clusters})  n {self.n}/"
             f"{self.n_expected}  unparsed {100 * self.unparsed_rate:.1f} %  protocol {self.protocol}"
+            + "".join(f"  {key}={value}" for key, value in self.conventions.items())
             + ("  PARTIAL" if self.partial else "")
         )
 
@@ -187,6 +190,7 @@ def score(
         raise ConfigError(f"unparsed={unparsed!r} is not one of: {', '.join(UNPARSED)}")
     warnings = list(benchmark.warnings)
     deviations = list(benchmark.spec.notes.get(protocol, ()))
+    deviations += [f"{key}={value} by choice" for key, value in benchmark.spec.settings.items()]
     settings: dict[str, Any] = {"unparsed": unparsed, "strip_think": strip_think}
     if unparsed == "random":
         settings["seed"] = seed
@@ -236,6 +240,7 @@ def score(
         chance=_chance(scored, benchmark.spec, protocol),
         extra=extra,
         deviations=deviations,
+        conventions=dict(benchmark.spec.settings),
         settings=settings,
         partial=len(scored) < len(benchmark.items)
         or len(scored) < expected

@@ -104,7 +104,7 @@ class BenchmarkProbe:
         self.restore, self.select, self.on_best = restore, select, on_best
 
     def __call__(self, state: HasStep, engine: HoldsWeights) -> dict[str, float]:
-        """``eval/<benchmark>`` and ``eval/<benchmark>/<question type>`` in percent, ``time/eval_s`` of the pause.
+        """``eval/<benchmark>`` and ``eval/<benchmark>/<question type>`` in percent, ``evaluation/pause_s`` of the pause.
 
         Where the engine shards the weights (ZeRO-3, FSDP2) they are gathered once for the pause.
         """
@@ -117,7 +117,7 @@ class BenchmarkProbe:
                     b.spec.lower_is_better for b in self.benchmarks if b.spec.name == self.select
                 )
                 self.ranks.on_main(lambda: self._mark(state.step, value, lower=lower))
-        return scalars | {"time/eval_s": time.perf_counter() - start}
+        return scalars | {"evaluation/pause_s": time.perf_counter() - start}
 
     def _all(self, step: int) -> dict[str, float]:
         """Scalars of every benchmark; random states and modes are as before."""

@@ -312,12 +312,24 @@ MMMU = BenchmarkSpec(
 # ------------------------------------------------------------------------------------------------- SITE-Bench
 
 
-def _parse_site(row: Row, item_id: str) -> Item:
+def parse_site(row: Row, item_id: str, default_options: int | None = None) -> Item:
+    """A row of SITE-Bench; chance-adjusted accuracy needs the number of its options.
+
+    Args:
+        row: Of the file.
+        item_id: Id.
+        default_options: Assume this many options where they do not parse; ``None`` = an error.
+
+    Raises:
+        DataError: Options that do not parse, or a gold letter that is not offered.
+    """
     options = lettered(row["options"])
+    if len(options) < 2 and default_options is not None:
+        options = dict.fromkeys(LETTERS[:default_options], "")
     if len(options) < 2:
         raise DataError(
             f"item {item_id}: options {row['options']!r} do not parse to at least two; chance-adjusted "
-            "accuracy needs their number; fix the row"
+            "accuracy needs their number; fix the row, or pass --caa-default-options 4 as EASI assumes"
         )
     gold = choice_gold(bare_letter(row["answer"]), options, item_id)
     visual = as_list(row.get("visual"))
@@ -372,7 +384,7 @@ SITE = BenchmarkSpec(
     name="site",
     title="SITE-Bench",
     columns=("options", "answer", "category", "dataset"),
-    parse=_parse_site,
+    parse=parse_site,
     judge=choice_judge(by_protocol(mmmu_style, easi=easi_match)),
     summarise=_summarise_site,
     prompt=_prompt_site,

@@ -11,9 +11,9 @@ from spatialvlm.evaluation.extract import (
     float_first_word,
     last_number,
 )
-from spatialvlm.evaluation.metrics import Estimate, mra
+from spatialvlm.evaluation.metrics import Estimate
 from spatialvlm.evaluation.prompts import ANSWER_LETTER, join_options
-from spatialvlm.evaluation.protocols import by_protocol, mean_over, mixed_judge
+from spatialvlm.evaluation.protocols import by_protocol, mean_over, mixed_judge, strictly
 from spatialvlm.evaluation.schema import (
     BenchmarkSpec,
     Item,
@@ -88,25 +88,20 @@ def vsi_path(question_type: str) -> tuple[str, ...]:
     return (question_type,)
 
 
-def _summarise(scored: Sequence[Scored], protocol: str) -> Summary:  # noqa: ARG001
+def _summarise(scored: Sequence[Scored], protocol: str) -> Summary:
     headline = mean_over(scored, lambda item: vsi_path(item.question_type))
     entries: dict[str, float] = {}
     for entry in sorted({vsi_path(s.item.question_type)[0] for s in scored}):
         inside = [s for s in scored if vsi_path(s.item.question_type)[0] == entry]
         entries[entry] = mean_over(inside, lambda item: vsi_path(item.question_type)[1:]).value
     missing = sorted({*NUMBERS, *CHOICES} - {s.item.question_type for s in scored})
-    strict = mean_over([_strict(s) for s in scored], lambda item: vsi_path(item.question_type))
+    signed = protocol != "easi"
+    strict = mean_over(
+        [replace(s, verdict=strictly(s.item, s.verdict, signed=signed)) for s in scored],
+        lambda item: vsi_path(item.question_type),
+    )
     extra = {"entries": entries, "overall_strict_mra": strict.value}
     return Summary("macro of 8", headline, extra, tuple(missing))
-
-
-def _strict(scored: Scored) -> Scored:
-    """The same item with MRA's ``<`` in place of ``<=`` (the convention of the stress-test paper)."""
-    item, verdict = scored.item, scored.verdict
-    if item.kind != "number" or verdict.unparsed or item.gold <= 0:
-        return scored
-    value = float(mra(verdict.extracted, item.gold, strict=True)[0])
-    return replace(scored, verdict=replace(verdict, score=value))
 
 
 def _summarise_vsti(scored: Sequence[Scored], protocol: str) -> Summary:  # noqa: ARG001

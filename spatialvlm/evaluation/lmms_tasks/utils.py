@@ -38,17 +38,21 @@ def _functions(name: str) -> tuple[Callable[..., Any], ...]:
     def process(doc: Doc, results: Sequence[str]) -> dict[str, Any]:
         item = _item(name, doc)
         verdict = spec.judge("lmms")(item, results[0])
-        return {
-            "score": {"type": item.question_type, "score": verdict.score, "cluster": item.cluster}
-        }
+        answer = {"type": item.question_type, "score": verdict.score, "cluster": item.cluster}
+        return {"score": answer | {"pair": str(doc.get("pair_id") or "")}}
 
     return messages, text, visual, process
 
 
 def macro(results: Sequence[Mapping[str, Any]]) -> float:
-    """Mean over question types, in percent."""
-    scores, clusters = [r["score"] for r in results], [r["cluster"] for r in results]
-    return estimate(scores, clusters, [(r["type"],) for r in results]).value
+    """Mean over question types, in percent; a pair of questions is as good as its worse answer."""
+    pairs: dict[str, Mapping[str, Any]] = {}
+    units = [r for r in results if not r["pair"]]
+    for r in sorted((r for r in results if r["pair"]), key=lambda r: -float(r["score"])):
+        pairs[r["pair"]] = r
+    units += pairs.values()
+    scores, clusters = [r["score"] for r in units], [r["cluster"] for r in units]
+    return estimate(scores, clusters, [(r["type"],) for r in units]).value
 
 
 def micro(results: Sequence[Mapping[str, Any]]) -> float:
@@ -70,3 +74,4 @@ vsti_messages, vsti_text, vsti_visual, vsti_process = _functions("vsti_bench")
 space10_messages, space10_text, space10_visual, space10_process = _functions("space10")
 angles_messages, angles_text, angles_visual, angles_process = _functions("all_angles")
 rows_messages, rows_text, rows_visual, rows_process = _functions("spatialvlm_rows")
+intern_messages, intern_text, intern_visual, intern_process = _functions("internspatial")

@@ -1,5 +1,6 @@
 """The lmms-eval adapter without lmms-eval: messages, order, errors, task files."""
 
+import json
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,12 @@ from PIL import Image
 
 from spatialvlm.errors import ConfigError
 from spatialvlm.evaluation import lmms_adapter as adapter
+from spatialvlm.evaluation.__main__ import main
 from spatialvlm.evaluation.generate import Completion
+from spatialvlm.evaluation.predictions import Prediction
 from spatialvlm.evaluation.prompts import prompt_text
-from spatialvlm.evaluation.registry import find_spec
+from spatialvlm.evaluation.registry import find_spec, load_benchmark
+from spatialvlm.evaluation.scoring import score
 
 TASKS = Path(adapter.__file__).parent / "lmms_tasks"
 
@@ -69,7 +73,7 @@ def test_answers_come_back_in_request_order():
 
 
 def test_other_versions_and_sampling_are_refused(monkeypatch):
-    monkeypatch.setattr(adapter, "require_lmms", lambda: SimpleNamespace(__version__="0.9"))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.9")
     bad = SimpleNamespace(args=("", None, {}, 0, "task"))
     with pytest.raises(
         ConfigError, match=r"lmms-eval 0.9 passes 5 request arguments, this adapter knows 6"
@@ -150,5 +154,109 @@ def test_tasks_use_our_prompts_and_scores():
     right, wrong = (utils.space10_process(doc, [text])["score"] for text in ("A. B.", "A."))
     assert (right["score"], wrong["score"]) == (1.0, 0.0)
     assert utils.micro([right, wrong]) == 50.0
-    one = {"type": "a", "score": 1.0, "cluster": "s"}
+    one = {"type": "a", "score": 1.0, "cluster": "s", "pair": ""}
     assert utils.macro([one, one, {**one, "type": "b", "score": 0.0}]) == 50.0
+
+
+SCORED = {
+    "vsti": (
+        "vsti_bench",
+        [
+            {"question_type": "camera_displacement", "options": None, "ground_truth": "2",
+             "mc_answer": "", "question": "Q", "video_path": f"{n // 2}.mp4"}
+            if n < 3 else
+            {"question_type": "obj_obj_relative_pos_lr", "options": ["A. x", "B. y"],
+             "ground_truth": "x", "mc_answer": "A", "question": "Q", "video_path": "1.mp4"}
+            for n in range(5)
+        ],
+        ["2", "3", "zwei", "A", "B"],
+        "macro",
+    ),
+    "space10": (
+        "space10",
+        [
+            {"index": n, "question": "Q", "A": "x", "B": "y", "C": "z", "answer": gold, "image": "a"}
+            for n, gold in enumerate(("A", "B", "BC"))
+        ],
+        ["A.", "C.", "B. C."],
+        "micro",
+    ),
+    "angles": (
+        "all_angles",
+        [
+            {"index": n, "question": "Q", "A": "x", "B": "y", "answer": "A", "category": "c",
+             "image": f"s{n % 2}/0.jpg"}
+            for n in range(3)
+        ],
+        ["A", "B", "The answer is A"],
+        "micro",
+    ),
+    "rows": (
+        "spatialvlm_rows",
+        [
+            {"id": str(n), "task": f"t{n % 2}", "answer_type": "yesno", "answer_json": "true",
+             "options": [], "scene_id": f"s{n}", "images": [], "media_kind": "none",
+             "messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "Yes"}]}
+            for n in range(5)
+        ],
+        ["yes", "no", "yes", "yes", "well"],
+        "macro",
+    ),
+    "intern": (
+        "internspatial",
+        [
+            {"id": f"{kind}{n}", "category": kind, "question": "Q", "image": f"{n}.png",
+             "options": None if kind == "counting" else ["A. x", "B. y"],
+             "answer": "4" if kind == "counting" else "A",
+             "pair_id": "p" if kind == "existence" else None}
+            for kind in ("position", "size", "rotation", "counting", "existence") for n in range(2)
+        ],
+        ["A", "A", "A", "B", "A", "", "3", "9", "A", "B"],
+        "macro",
+    ),
+}  # fmt: skip
+"""Functions of the task files -> benchmark, rows, answers, aggregation."""
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_scores_of_the_tasks_are_those_of_our_scorer(name, tmp_path):
+    bench, rows, answers, aggregation = SCORED[name]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items = load_benchmark(bench, path).items
+    predictions = {item.key: Prediction(item.id, t) for item, t in zip(items, answers, strict=True)}
+    expected = score(load_benchmark(bench, path), predictions, "lmms").headline["value"]
+    utils = task_functions()
+    process = getattr(utils, f"{name}_process")
+    found = [process(row, [text])["score"] for row, text in zip(rows, answers, strict=True)]
+    assert getattr(utils, aggregation)(found) == pytest.approx(expected, abs=1e-9)
+    assert expected not in (0, 100)
+
+
+def test_sample_logs_hold_row_numbers(tmp_path, capsys):
+    """lmms-eval writes no ids: its numbers count the rows of the file."""
+    bench, rows, answers, _ = SCORED["angles"]
+    data, log = tmp_path / "rows.jsonl", tmp_path / "x_samples_y.jsonl"
+    data.write_text(
+        "".join(json.dumps({**row, "index": f"q{n}"}) + "\n" for n, row in enumerate(rows))
+    )
+    lines = [{"doc_id": n, "filtered_resps": [text]} for n, text in enumerate(answers)]
+    log.write_text("".join(json.dumps(line) + "\n" for line in reversed(lines)))
+    command = [
+        "score",
+        "--bench",
+        bench,
+        "--data",
+        str(data),
+        "--pred",
+        str(log),
+        "--format",
+        "lmms",
+    ]
+    assert main(command) == 0
+    told = capsys.readouterr()
+    assert "66.67" in told.out
+    assert "row numbers" in told.err
+    log.write_text(json.dumps({"doc_id": 3, "filtered_resps": ["A"]}) + "\n")
+    assert main(command) == 1
+    assert "row 3" in capsys.readouterr().err

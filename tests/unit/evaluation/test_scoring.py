@@ -448,7 +448,7 @@ def test_command_line(tmp_path, capsys):
 
 def test_lmms_samples(tmp_path, capsys):
     data = write(tmp_path / "vsi.jsonl", [VSI_ROW, NUMBER_ROW])
-    samples = [{"doc_id": 1, "filtered_resps": ["A"]}, {"doc_id": 2, "filtered_resps": "3"}]
+    samples = [{"doc_id": 0, "filtered_resps": ["A"]}, {"doc_id": 1, "filtered_resps": "3"}]
     pred = write(tmp_path / "x_samples_vsi.jsonl", samples)
     assert (
         main(
