@@ -406,6 +406,23 @@ def build_schedule(config: TrainConfig, steps: int) -> Schedule:
     )
 
 
+def total_steps(config: TrainConfig, loader: StepLoader) -> int:
+    """Optimizer steps of the run; with steps of packs this plans everything that is left.
+
+    Raises:
+        ConfigError: Steps of packs, and lengths that nobody has measured.
+    """
+    counted = config.step.unit == "samples" or config.data.length.steps is not None
+    sources = range(len(config.data.sources))
+    if not counted and not all(loader.lengths.complete(number) for number in sources):
+        raise ConfigError(
+            "The number of steps is unknown: step.unit is packs and the lengths of some rows are not measured. Measure "
+            "them once with tools/plan_data.py, set data.lengths=exact to do it at the start, or state the number: "
+            "data.length={steps: n}."
+        )
+    return loader.num_steps
+
+
 def build_session(
     config: TrainConfig,
     run: OpenRun,
@@ -422,7 +439,7 @@ def build_session(
     """
     processes = run.processes
     if not state.total_steps or config.run.resume_allow:
-        state.total_steps = loader.num_steps  # in packs it takes a plan of everything that is left
+        state.total_steps = total_steps(config, loader)
     schedule = build_schedule(config, state.total_steps)
     if processes.is_main:
         assert run.memory is not None

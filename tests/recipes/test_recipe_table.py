@@ -1,5 +1,6 @@
 """The values of every shipped recipe, written down a second time; and a dry run of each at full size."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,27 +11,66 @@ ROOT = Path(__file__).resolve().parents[2]
 ALL = sorted(p for d in ("stage1", "stage2", "tiny") for p in (ROOT / "configs" / d).glob("*.yaml"))
 BIG = ("qwen2_5vl_7b", "qwen3vl_8b", "internvl3_8b")
 
-# lr, vision, projector, embeddings, geometry, weight decay, warm-up, epochs, families, global batch, pack tokens
-SSR2D = (2e-5, 2e-6, 2e-5, 2e-5, None, 0.0, 0.03, 1, {"spatial": 1}, 128, 16384)
-OPENSPATIAL = (5e-5, 5e-6, 5e-6, 5e-5, None, 0.0, 0.1, 1, {"spatial": 1, "general": 1}, 128, 16384)
-STAGE2 = (1e-5, 1e-6, 1e-5, 1e-5, 1e-5, 0.0, 0.03, 3, {"spatial": 1}, 128, 16384)
+# lr, vision, projector, embeddings, geometry, weight decay, warm-up, epochs, families, (unit, per step), pack tokens
+SSR2D = (2e-5, 2e-6, 2e-5, 2e-5, None, 0.0, 0.03, 1, {"spatial": 1}, ("packs", 128), 16384)
+OPENSPATIAL = (
+    5e-5,
+    5e-6,
+    5e-6,
+    5e-5,
+    None,
+    0.0,
+    0.1,
+    1,
+    {"spatial": 1, "general": 1},
+    ("packs", 128),
+    16384,
+)
+STAGE2 = (1e-5, 1e-6, 1e-5, 1e-5, 1e-5, 0.0, 0.03, 3, {"spatial": 1}, ("samples", 128), 16384)
 SCRATCH = (*STAGE2[:4], 5e-5, *STAGE2[5:])
 BOTH = {"spatial": 1, "general": 1}
-LORA1 = (2e-5, None, 2e-5, None, None, 0.0, 0.03, 1, BOTH, 64, 8192)
-LORA2 = (2e-5, None, 2e-5, None, 5e-5, 0.0, 0.03, 1, BOTH, 64, 8192)
+LORA1 = (2e-5, None, 2e-5, None, None, 0.0, 0.03, 1, BOTH, ("samples", 64), 8192)
+LORA2 = (2e-5, None, 2e-5, None, 5e-5, 0.0, 0.03, 1, BOTH, ("samples", 64), 8192)
 TABLE = {
     **{f"stage1/{f}_ssr2d": SSR2D for f in (*BIG, "qwen2_5vl_3b")},
     **{f"stage1/{f}_openspatial": OPENSPATIAL for f in (*BIG, "qwen2_5vl_3b")},
-    "stage1/qwen3vl_8b_sensenova_si": (1e-5, 1e-5, 1e-5, 1e-5, None, 0.0, 0.01, 1, {"spatial": 1}, 128, 32768),
-    "stage1/internvl3_8b_sensenova_si": (5e-6, None, 5e-6, 5e-6, None, 0.05, 0.03, 1, {"spatial": 1}, 128, 16384),
-    "stage1/internvl3_8b_internspatial": (2e-5, None, 2e-5, 2e-5, None, 0.05, 0.03, 1, BOTH, 128, 16384),
-    "stage1/qwen2_5vl_7b_internspatial": (1e-5, None, 1e-5, 1e-5, None, 0.0, 0.03, 1, BOTH, 128, 16384),
+    "stage1/qwen3vl_8b_sensenova_si": (1e-5, 1e-5, 1e-5, 1e-5, None, 0.0, 0.01, 1, {"spatial": 1}, ("samples", 128), 32768),
+    "stage1/internvl3_8b_sensenova_si": (5e-6, None, 5e-6, 5e-6, None, 0.05, 0.03, 1, {"spatial": 1}, ("samples", 128), 16384),
+    "stage1/internvl3_8b_internspatial": (2e-5, None, 2e-5, 2e-5, None, 0.05, 0.03, 1, BOTH, ("samples", 128), 16384),
+    "stage1/qwen2_5vl_7b_internspatial": (1e-5, None, 1e-5, 1e-5, None, 0.0, 0.03, 1, BOTH, ("samples", 128), 16384),
     **{f"stage2/{f}_interleaved": STAGE2 for f in ("qwen2_5vl_7b", "qwen3vl_8b", "qwen2_5vl_3b")},
     "stage2/internvl3_8b_interleaved": (*STAGE2[:10], 20480),
     **{f"stage2/qwen2_5vl_7b_{k}": STAGE2 for k in ("sequential", "in_place", "no_stage1")},
     "stage2/qwen2_5vl_7b_interleaved_scratch": SCRATCH,
     **{f"stage1/{f}_lora": LORA1 for f in ("qwen2_5vl_7b", "qwen2_5vl_3b")},
     **{f"stage2/{f}_lora": LORA2 for f in ("qwen2_5vl_7b", "qwen2_5vl_3b")},
+}  # fmt: skip
+# Key -> who states its value: P the paper, S a released script; everything else is ours.
+SSR1_MARKS = {"length": "P", "families": "P", "media": "P", "sources": "P"}
+STAGE2_MARKS = {**SSR1_MARKS, "geometry": "P"}
+OPENSPATIAL_MARKS = {
+    "model": "P", "lr": "P", "vision_lr": "P", "projector_lr": "S", "embedding_lr": "S", "schedule": "S", "length": "P",
+    "families": "P", "media": "S", "sources": "P", "step": "SP",
+}  # fmt: skip
+SENSENOVA_MARKS = dict.fromkeys(("model", "lr", "projector_lr", "embedding_lr", "length", "families", "media", "sources"), "S")  # fmt: skip
+INTERNVL_MARKS = {
+    "lr": "S",
+    "projector_lr": "S",
+    "embedding_lr": "S",
+    "weight_decay": "S",
+    "step": "S",
+}
+MARKS = {
+    **{name: SSR1_MARKS for name in TABLE if name.endswith("ssr2d")},
+    **{name: OPENSPATIAL_MARKS for name in TABLE if name.endswith("openspatial")},
+    **{name: STAGE2_MARKS for name in TABLE if name.startswith("stage2/")},
+    **{name: {"lora": "S", "lr": "S"} for name in TABLE if name.endswith("_lora")},
+    "stage1/qwen3vl_8b_sensenova_si": {**SENSENOVA_MARKS, "vision_lr": "S", "schedule": "S"},
+    "stage1/internvl3_8b_sensenova_si": {**SENSENOVA_MARKS, **INTERNVL_MARKS, "checkpoint": "S"},
+    "stage1/internvl3_8b_internspatial": {
+        **INTERNVL_MARKS, "model": "P", "length": "S", "media": "S", "sources": "P",
+    },
+    "stage1/qwen2_5vl_7b_internspatial": {"model": "P", "length": "S", "sources": "P", "step": "S"},
 }  # fmt: skip
 INSERTION = {
     "stage2/qwen2_5vl_7b_sequential": "sequential",
@@ -56,7 +96,7 @@ def test_values(name):
     assert (
         optim.lr, optim.vision_lr, optim.projector_lr, optim.embedding_lr, optim.geometry_lr, optim.weight_decay,
         config.schedule.warmup_ratio, config.data.length.epochs, config.data.families,
-        config.step.global_batch_size, config.packing.max_tokens,
+        (config.step.unit, config.step.packs_per_step or config.step.global_batch_size), config.packing.max_tokens,
     ) == TABLE[name]  # fmt: skip
     assert (optim.betas, optim.eps, optim.max_grad_norm) == ((0.9, 0.999), 1e-8, 1.0)
     assert (config.run.seed, config.precision, config.data.loss_weighting) == (42, "bf16", "token")
@@ -70,6 +110,20 @@ def test_values(name):
         assert config.geometry.fusion == "pre_projector"
         assert config.geometry.insertion == INSERTION.get(name, "interleaved")
         assert config.geometry.init == ("scratch" if name.endswith("scratch") else "warm")
+
+
+@pytest.mark.parametrize("name", sorted(TABLE))
+def test_every_stated_value_names_its_source(name):
+    """``# P`` behind a value of the paper, ``# S`` behind one of a released script, nothing or ``# O`` behind ours."""
+    text = (ROOT / "configs" / f"{name}.yaml").read_text()
+    assert "# Marks     P = stated by the paper, S = from a released script, O = ours" in text
+    found = {}
+    for line in text.splitlines():
+        key, _, comment = line.partition("#")
+        marks = "".join(re.findall(r"\b[PS]\b", comment))
+        if marks and key.strip() and not key.strip().startswith("-"):
+            found[key.split(":")[0].strip()] = marks[:2] if len(set(marks)) > 1 else marks[0]
+    assert found == MARKS[name]
 
 
 @pytest.mark.parametrize("path", ALL, ids=_name)
