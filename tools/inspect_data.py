@@ -8,7 +8,7 @@ every token coloured by label and kind with its position as tooltip, the shareab
 on, decoded from the labels. Per pack: its segments and who branches from whom. All text is escaped, nothing is loaded
 from elsewhere.
 
-Exit codes: 2 configuration, 3 data.
+Exit codes: 2 configuration or checkpoint, 3 data.
 """
 
 import argparse
@@ -41,15 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.overrides, TrainConfig)
         page = inspect(config, args)
-    except ConfigError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    except DataError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 3
     except SpatialVLMError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return 3 if isinstance(error, DataError) else 2
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(page, encoding="utf-8")
     print(f"{args.out}: {len(page) / 1e6:.1f} MB")

@@ -7,7 +7,7 @@ Builds the index and the lengths (which a run then finds ready), plans steps, an
 rows, rejects by reason, sizes; and for the plan: shares, packs, padding, balance over ranks, group sizes, what shared
 prefixes save, and how long the run would take on --gpus devices. No model weights are loaded.
 
-Exit codes: 2 configuration, 3 too many broken rows, too few media per step, or other data faults.
+Exit codes: 2 configuration or checkpoint, 3 too many broken rows, too few media per step, or other data faults.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from spatialvlm.config import TrainConfig, load_config
-from spatialvlm.errors import ConfigError, DataError, SpatialVLMError, run_command
+from spatialvlm.errors import DataError, SpatialVLMError, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,6 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", default="200", help="optimizer steps to plan, or 'all'")
     parser.add_argument("--world", type=int, default=8, help="data-parallel ranks")
     parser.add_argument("--workers", type=int, default=1, help="processes that measure rows")
+    parser.add_argument(
+        "--verify",
+        choices=["ends", "full"],
+        default="ends",
+        help="how to tell that a data file is the one that was indexed: size, time and both ends, or all of it",
+    )
     parser.add_argument("--gpus", type=int, default=0, help="devices of the estimate; 0 = --world")
     parser.add_argument(
         "--tflops", type=float, default=989.0, help="peak of one device (H100/H200 bf16: 989)"
@@ -42,15 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.overrides, TrainConfig)
         result = plan(config, args)
-    except ConfigError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    except DataError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 3
     except SpatialVLMError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return 3 if isinstance(error, DataError) else 2
     show(result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -82,12 +82,14 @@ def plan(config: TrainConfig, args: argparse.Namespace) -> dict[str, Any]:
         blocked_key=blocked.key,
         expand_format=FormatExpander(DIALECT_OF[layout.family]),
         workers=args.workers,
+        verify_files=args.verify == "full",
         report=lambda text: print(text, file=sys.stderr),
     )
     built_s = time.perf_counter() - started
     total = loader.num_steps
     wanted = total if args.steps == "all" else min(int(args.steps), total)
-    summary = PlanSummary(args.world, config.packing.align)
+    unit_sizes = [lane.size for lane in loader.mixture.lanes]
+    summary = PlanSummary(args.world, config.packing.align, unit_sizes)
     started = time.perf_counter()
     shares: dict[str, dict[str, int]] = {}
     for steps_plan, draws, sizes, _ in islice(loader.plans(), wanted):
@@ -150,6 +152,10 @@ def show(result: dict[str, Any]) -> None:
               f"{sizes:28}  {lab['p50']}/{lab['max']:<12}  {pat['p50']}/{pat['max']}")  # fmt: skip
         for reason, count in row["rejected"].items():
             print(f"  left out: {reason} {count}")
+        for name, count in row["notes"].items():
+            print(f"  {name.replace('_', ' ')}: {count}")
+        if row["tokens_removed"]:
+            print(f"  tokens removed from over-long samples: {row['tokens_removed']:,}")
         for name, count in row["blocked"].items():
             print(f"  evaluation scenes of {name}: {count}")
     print("\nrealised shares (samples / LLM tokens / label tokens)")
@@ -175,7 +181,9 @@ def show(result: dict[str, Any]) -> None:
     print(f"  distinct media per step: mean {p['distinct_media_mean']:.1f}, least {p['distinct_media_min']}; "
           f"groups hold at most {result['max_branches']}")  # fmt: skip
     groups = ", ".join(f"{size}: {count}" for size, count in p["group_sizes"].items())
-    print(f"  questions per group: {groups}")
+    print(
+        f"  questions per group: {groups}; groups cut by a step border: {p['units_cut_by_steps']}"
+    )
     print(f"  shared prefixes: {p['tokens_separate']:,} -> {p['tokens']:,} LLM tokens ({p['tokens_saved']:.2f}x fewer), "
           f"{p['flops_saved']:.2f}x fewer FLOPs")  # fmt: skip
     e = result["estimate"]

@@ -66,6 +66,7 @@ def build_data(
     expand_format: ExpandFormat | None = None,
     state: Mapping[str, Any] | None = None,
     workers: int = 1,
+    verify_files: bool = False,
     report: Callable[[str], None] = lambda _: None,
 ) -> StepLoader:
     """Index, measure, and order the sources of a run.
@@ -82,6 +83,7 @@ def build_data(
         expand_format: Realises instruction formats, picklable.
         state: Loader state to resume from.
         workers: Processes that index and measure.
+        verify_files: Compare the data files whole with those that were indexed.
         report: Called with one line of text per stage of the work.
 
     Raises:
@@ -97,6 +99,7 @@ def build_data(
         draw_marks=draw_marks,
         expand_format=expand_format,
         workers=workers,
+        verify_files=verify_files,
     )
     for text in coord_warnings(encoder):
         report(text)
@@ -153,6 +156,7 @@ def build_encoder(
     draw_marks: DrawMarks | None = None,
     expand_format: ExpandFormat | None = None,
     workers: int = 1,
+    verify_files: bool = False,
 ) -> SampleEncoder:
     """Sources, row tables, media access and template of a run.
 
@@ -175,6 +179,7 @@ def build_encoder(
             check_key=blocked_key,
             workers=workers,
             max_rejected_fraction=data.max_rejected_fraction,
+            verify_files=verify_files,
         )
         check_blocked(index, data)
         indices.append(index)

@@ -52,6 +52,7 @@ class Fitted(NamedTuple):
     """With the frames that were kept."""
     outcome: Literal["kept", "frames_dropped", "turns_dropped"]
     tokens_removed: int
+    boxes_rewritten: int = 0
 
 
 def geometry_groups(sample: Sample, layout: TokenLayout) -> tuple[int, ...]:

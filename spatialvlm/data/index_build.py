@@ -46,6 +46,7 @@ def build_index(
     check_key: str = "",
     workers: int = 1,
     max_rejected_fraction: float = 0.01,
+    verify_files: bool = False,
 ) -> SourceIndex:
     """Open the row table of a source; build it when the files or the reader's options changed.
 
@@ -56,6 +57,8 @@ def build_index(
         check_key: Identity of the block lists.
         workers: Processes that read large JSON-lines files.
         max_rejected_fraction: More rejected rows than this are an error.
+        verify_files: Read the files whole and build again unless they are, byte for byte, those the table
+            was verified with; else size, time and both ends of a file tell.
 
     Raises:
         DataError: All rows were rejected, or the disk is full.
@@ -63,13 +66,29 @@ def build_index(
     """
     key, content_key = _keys(source, check_key)
     folder = Path(index_dir) / f"{source.name}-{key}"
-    if not (folder / "info.json").is_file():
+    hashes = [_file_hash(source.root / name) for name in source.files] if verify_files else None
+    if not _is_current(folder, hashes):
         with locked(folder.with_name(f"{folder.name}.lock")):
-            if not (folder / "info.json").is_file():
+            if not _is_current(folder, hashes):
                 _build(source, folder, content_key, check, workers)
+                if hashes is not None:
+                    (folder / "hashes.json").write_text(json.dumps(hashes))
     index = SourceIndex(source, folder)
     _check_budget(index, max_rejected_fraction)
     return index
+
+
+def _is_current(folder: Path, hashes: list[str] | None) -> bool:
+    """Whether a table is there and, if asked for, was built from files with these hashes."""
+    if not (folder / "info.json").is_file():
+        return False
+    known = folder / "hashes.json"
+    return hashes is None or (known.is_file() and json.loads(known.read_bytes()) == hashes)
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _check_budget(index: SourceIndex, limit: float) -> None:

@@ -17,7 +17,15 @@ from spatialvlm.data.media.plan import MediaInfo, MediaPolicy, plan_media
 from spatialvlm.data.media.resize import resize, split_tiles
 from spatialvlm.data.media.store import MediaStore
 from spatialvlm.data.prefix import group_key, media_key
-from spatialvlm.data.sample import LENGTH_DTYPE, CoordConvention, Draw, EncodedSample, Sample
+from spatialvlm.data.sample import (
+    LENGTH_DTYPE,
+    NOTES,
+    CoordConvention,
+    Draw,
+    EncodedSample,
+    Sample,
+    Turn,
+)
 from spatialvlm.data.template import ChatTemplate
 from spatialvlm.errors import MarkError
 from spatialvlm.sequence.layout import TokenLayout
@@ -85,16 +93,17 @@ class SampleEncoder:
         return sample
 
     def fitted(self, source: int, row: int, epoch: int = 0) -> tuple[Sample, Fitted]:
-        """Tokens of a row from headers only.
+        """A row in its final wording, and its tokens, from headers only.
 
         Raises:
             DataError: A medium is missing or refused, or the sample is too long.
         """
         sample = self.sample(source, row, epoch)
         infos = self.infos(source, sample)
+        num_boxes = 0
         if self.coords is not None:
             sizes = [ImageSizes(info.header.size, info.size) for info in infos]
-            sample, _ = rewrite_coords(sample, sizes, self.coords)
+            sample, num_boxes = rewrite_coords(sample, sizes, self.coords)
         fitted = fit(
             sample,
             infos,
@@ -104,7 +113,7 @@ class SampleEncoder:
             train_on=self.train_on,
             heads=self.heads,
         )
-        return sample, fitted
+        return sample, fitted._replace(boxes_rewritten=num_boxes)
 
     def infos(self, source: int, sample: Sample) -> list[MediaInfo]:
         """Planned frames, sizes and grids of a sample's media."""
@@ -161,7 +170,25 @@ class SampleEncoder:
             record["geometry_global_pairs"] += (frames * per_frame) ** 2
         record["group_key"] = group_key(encoded, media_id, groups)
         record["media_key"] = media_id
+        record["tokens_removed"] = fitted.tokens_removed
+        record["notes"] = _notes(sample, fitted)
         return record
+
+
+def _notes(sample: Sample, fitted: Fitted) -> int:
+    """Bits of ``NOTES``."""
+    found = {
+        fitted.outcome,
+        "animated_image" if any(info.header.animated for info in fitted.media) else "",
+        "frame_times_assumed" if any(info.header.times_assumed for info in fitted.media) else "",
+        "boundary_merge" if any(_opens_blank(turn) for turn in sample.turns) else "",
+        "coords_rewritten" if fitted.boxes_rewritten else "",
+    }
+    return sum([1 << bit for bit, name in enumerate(NOTES) if name in found])
+
+
+def _opens_blank(turn: Turn) -> bool:
+    return turn.role == "assistant" and str(turn.parts[0])[:1].isspace()
 
 
 def plan_sample_media(

@@ -178,9 +178,25 @@ LENGTH_DTYPE = np.dtype(
         ("geometry_global_pairs", np.int64),
         ("group_key", np.uint64),  # rows group only with equal keys; 0 = never
         ("media_key", np.uint64),  # identity of the ordered media list; 0 = no media
+        ("tokens_removed", np.int32),  # by the over-long policy
+        ("notes", np.uint8),  # one bit per entry of NOTES
     ]
 )
 """Sizes of one sample, known from headers and token counts before anything is decoded."""
+
+NOTES = (
+    "frames_dropped",
+    "turns_dropped",
+    "animated_image",
+    "frame_times_assumed",
+    "boundary_merge",
+    "coords_rewritten",
+)
+"""What was done to a sample that its source should know; counted per source.
+
+``boundary_merge``: an answer starts with white space, which a tokenizer may merge with the line break
+before it when it encodes the whole text in one go, as here and at generation time it does not.
+"""
 
 
 @dataclass(frozen=True, slots=True)

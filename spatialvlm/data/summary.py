@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatialvlm.data.plan import PackingArgs, distinct_media, imbalance, make_items
-from spatialvlm.data.sample import StepPlan
+from spatialvlm.data.sample import NOTES, StepPlan
 from spatialvlm.typing import CostCoefficients
 
 if TYPE_CHECKING:
@@ -44,10 +44,18 @@ def source_summary(lengths: LengthTable, mixture: Mixture, source: int) -> dict[
         "drawn_rows": int(mixture.drawn_rows.get(name, 0)),
         "measured": len(known),
         "rejected": index.rejected() | lengths.rejected(source),
+        "notes": count_notes(known["notes"]),
+        "tokens_removed": int(known["tokens_removed"].sum()),
         "blocked": dict(index.info["blocked"]),
         "without_scene_id": int(index.info["no_known_id"]),
         **{size: quantiles(known[size]) for size in SIZES},
     }
+
+
+def count_notes(notes: Any) -> dict[str, int]:
+    """Samples per entry of ``NOTES``, without zeros."""
+    counts = {name: int(np.sum((notes >> bit) & 1)) for bit, name in enumerate(NOTES)}
+    return {name: count for name, count in counts.items() if count}
 
 
 @dataclass
@@ -57,10 +65,12 @@ class PlanSummary:
     Attributes:
         world: Number of ranks.
         align: Packs are padded to a multiple of this.
+        unit_sizes: Rows per unit of every lane of the mixture, to count units cut by a step border.
     """
 
     world: int
     align: int = 1
+    unit_sizes: Sequence[int] = ()
     steps: int = 0
     samples: int = 0
     packs: int = 0
@@ -77,6 +87,8 @@ class PlanSummary:
     patch_imbalance: list[float] = field(default_factory=list)
     distinct_media: list[int] = field(default_factory=list)
     group_sizes: Counter[int] = field(default_factory=Counter)
+    units_cut: int = 0
+    """Units that lie in two steps, and so form two groups."""
 
     def add(
         self,
@@ -109,6 +121,16 @@ class PlanSummary:
         if patches.any():
             self.patch_imbalance.append(float(patches.max() / patches.mean() - 1))
         self.distinct_media.append(distinct_media(sizes))
+        self.units_cut += self._units_cut(draws)
+
+    def _units_cut(self, draws: DrawArray) -> int:
+        """Units that begin in these draws and do not end in them."""
+        if not self.unit_sizes:
+            return 0
+        units = draws[["lane", "unit", "epoch"]]
+        last = np.asarray(self.unit_sizes)[draws["lane"]] - 1
+        begun = {unit.item() for unit in units[draws["branch"] == 0]}
+        return len(begun - {unit.item() for unit in units[draws["branch"] == last]})
 
     def as_dict(self, max_tokens: int) -> dict[str, Any]:
         """The totals as plain numbers."""
@@ -126,6 +148,7 @@ class PlanSummary:
             "distinct_media_mean": float(np.mean(self.distinct_media or [0])),
             "distinct_media_min": int(min(self.distinct_media or [0])),
             "group_sizes": {str(size): count for size, count in sizes},
+            "units_cut_by_steps": self.units_cut,
             "tokens": self.tokens,
             "tokens_separate": self.separate_tokens,
             "tokens_saved": self.separate_tokens / max(self.tokens, 1),

@@ -6,7 +6,7 @@ import io
 import struct
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -21,14 +21,25 @@ MAX_IMAGE_PIXELS = 89_478_485
 MAX_ASPECT = 200.0
 """Longer over shorter side; the limit of the Qwen processors."""
 _HEADER_BYTES = 65_536
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+"""What Pillow raises on damaged files."""
 _EXIF_ORIENTATION = 0x0112
 _TURNED = frozenset({5, 6, 7, 8})  # EXIF orientations that swap height and width
 
 
-def image_size(
+class ImageHeader(NamedTuple):
+    """What is known of an image before its pixels are decoded."""
+
+    size: tuple[int, int]
+    """(height, width) after EXIF orientation."""
+    animated: bool = False
+    """It holds several frames; only the first is used."""
+
+
+def read_image_header(
     data: bytes | Path, *, max_pixels: int = MAX_IMAGE_PIXELS, name: str = ""
-) -> tuple[int, int]:
-    """Height and width of an image after EXIF orientation, from at most 64 KiB where possible.
+) -> ImageHeader:
+    """Size of an image, from at most 64 KiB where possible.
 
     Args:
         data: Encoded bytes or a file.
@@ -40,13 +51,15 @@ def image_size(
     """
     name = name or (str(data) if isinstance(data, Path) else "image")
     head = data[:_HEADER_BYTES] if isinstance(data, bytes) else _read_head(data)
-    size = _jpeg_size(head) or _png_size(head)
+    size, animated = _jpeg_size(head) or _png_size(head), False
     if size is None:
         with _open(data, name) as image:
             turned = image.getexif().get(_EXIF_ORIENTATION, 1) in _TURNED
             size = (image.width, image.height) if turned else (image.height, image.width)
+            _check_size(size, max_pixels, name)
+            animated = _is_animated(image)
     _check_size(size, max_pixels, name)
-    return size
+    return ImageHeader(size, animated)
 
 
 def decode_image(
@@ -65,7 +78,7 @@ def decode_image(
         _check_size((image.height, image.width), max_pixels, name)
         try:
             image.load()
-        except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+        except _DAMAGED as error:
             raise MediaError(
                 f"{name} is cut off or damaged: {error}", reason="truncated"
             ) from error
@@ -87,8 +100,15 @@ def _open(data: bytes | Path, name: str) -> Image.Image:
         raise MediaError(
             f"{name} is not an image (or of a format Pillow cannot read)", reason="not_an_image"
         ) from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+    except _DAMAGED as error:
         raise MediaError(f"{name} has a damaged header: {error}", reason="truncated") from error
+
+
+def _is_animated(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except _DAMAGED:  # behind the first frame, which is the only one used
+        return False
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -136,7 +156,7 @@ def _read_head(path: Path) -> bytes:
 
 
 def _png_size(head: bytes) -> tuple[int, int] | None:
-    """Size of a PNG, or None when it is none or carries an orientation before its pixels."""
+    """Size of a PNG, or None when it is none, carries an orientation before its pixels, or is animated."""
     if not head.startswith(b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR") or len(head) < 33:
         return None
     width, height = struct.unpack(">II", head[16:24])
@@ -146,7 +166,7 @@ def _png_size(head: bytes) -> tuple[int, int] | None:
         kind = head[at + 4 : at + 8]
         if kind == b"IDAT":
             return height, width
-        if kind == b"eXIf":
+        if kind in (b"eXIf", b"acTL"):
             return None
         at += 12 + length
     return None

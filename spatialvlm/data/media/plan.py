@@ -167,6 +167,8 @@ class MediaHeader:
     stamps_s: tuple[float, ...] = ()
     """The times a frame is announced with: index / average rate for files, names for folders."""
     times_assumed: bool = False
+    animated: bool = False
+    """An image file with several frames, of which the first one is taken."""
 
 
 @dataclass(frozen=True, slots=True)

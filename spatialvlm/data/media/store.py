@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spatialvlm.data.media import paths
-from spatialvlm.data.media.image import MAX_IMAGE_PIXELS, decode_image, image_size
+from spatialvlm.data.media.image import MAX_IMAGE_PIXELS, decode_image, read_image_header
 from spatialvlm.data.media.plan import MediaHeader
 from spatialvlm.data.media.video import (
     VideoHeader,
@@ -99,7 +99,7 @@ class MediaStore:
             stamps_s: Known times of the frames of a folder; default: from the names, else assumed.
 
         Raises:
-            MediaError: See :func:`~spatialvlm.data.media.image.image_size` and
+            MediaError: See :func:`~spatialvlm.data.media.image.read_image_header` and
                 :func:`~spatialvlm.data.media.video.read_video_header`.
         """
         if stamps_s is not None:
@@ -179,8 +179,8 @@ class MediaStore:
     def _read_header(self, ref: MediaRef, stamps_s: tuple[float, ...] | None) -> MediaHeader:
         name = _name(ref)
         if ref.kind == "image":
-            size = image_size(self._data(ref), max_pixels=self.max_image_pixels, name=name)
-            return MediaHeader(size)
+            image = read_image_header(self._data(ref), max_pixels=self.max_image_pixels, name=name)
+            return MediaHeader(image.size, animated=image.animated)
         frames = self._frames(ref)
         if frames is None:
             video = self._video_header(ref)
@@ -188,7 +188,7 @@ class MediaStore:
             return MediaHeader(
                 video.size, video.num_frames, video.fps, tuple(video.seconds().tolist()), stamps
             )
-        size = image_size(self._frame(frames[0]), max_pixels=self.max_image_pixels)
+        size = read_image_header(self._frame(frames[0]), max_pixels=self.max_image_pixels).size
         stamps = stamps_s or times_from_names(self._frame_names(ref)) or ()
         assumed = not stamps
         if assumed:

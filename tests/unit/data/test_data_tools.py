@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 TOOLS = Path(__file__).resolve().parents[3] / "tools"
 
@@ -77,6 +78,40 @@ def test_plan(recipe, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "questions per group" in printed
     assert "left out" not in printed
+
+
+def test_plan_counts_what_was_done_to_samples(recipe, toy_data, tmp_path, capsys):
+    """Animated images, shortened samples, assumed times and odd answers are counted per source."""
+    copy = tmp_path / "copy"
+    shutil.copytree(toy_data, copy)
+    pictures = [Image.new("RGB", (64, 64), color) for color in ("red", "blue")]
+    pictures[0].save(copy / "moving.gif", save_all=True, append_images=pictures[1:])
+    for frame in range(40):
+        pictures[0].resize((96, 96)).save(copy / f"frame{frame}.png")
+    turns = [{"role": "user", "content": "q " * 200}, {"role": "assistant", "content": "a"}]
+
+    def row(question, answer, **media):
+        user = {"role": "user", "content": question}
+        return {"messages": [user, {"role": "assistant", "content": answer}], **media}
+
+    rows = [
+        row("<image>?", "a cat", images=["moving.gif"]),
+        row("<video>?", "walking", videos=[[f"frame{n}.png" for n in range(40)]]),
+        row("text?", "\n answer"),
+        {"messages": turns * 3},
+    ]
+    (copy / "general.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    out = tmp_path / "plan.json"
+    path = str(recipe(copy, overlong="truncate_text_turns"))
+    assert tool("plan_data")([path, "--verify", "full", "--json", str(out)]) == 0
+    general = json.loads(out.read_text())["sources"][1]
+    assert general["notes"] == dict.fromkeys(
+        ("turns_dropped", "animated_image", "frame_times_assumed", "boundary_merge"), 1
+    )
+    assert general["tokens_removed"] > 200
+    printed = capsys.readouterr().out
+    assert "animated image: 1" in printed
+    assert "tokens removed from over-long samples" in printed
 
 
 def test_plan_exit_codes(recipe, toy_data, tmp_path, capsys):

@@ -116,6 +116,28 @@ def test_tables_are_reused_until_files_or_options_change(make, tmp_path):
     assert later.content_key == content
 
 
+def test_full_verification_notices_what_size_time_and_ends_do_not(make, tmp_path):
+    def first_answer(**options):
+        return build_index(make_again(), tmp_path / "index", **options).column("answer_chars")[700]
+
+    def make_again():
+        return Source(
+            SourceAttrs("s", "spatial"), files=["rows.jsonl"], root=tmp_path, format="sharegpt"
+        )
+
+    make([talk(f"{n:0200d}?", "abc") for n in range(1400)])
+    path = tmp_path / "rows.jsonl"
+    assert first_answer(verify_files=True) == 3
+    stat, text = path.stat(), path.read_text().splitlines(keepends=True)
+    text[700] = text[700].replace('"abc"', '"a"  ')
+    path.write_text("".join(text))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size > 3 * 65_536
+    assert first_answer() == 3
+    assert first_answer(verify_files=True) == 1
+    assert first_answer() == 1
+
+
 def test_files_without_a_single_row_say_what_is_in_them(tmp_path):
     def fail(name, content, error, message):
         (tmp_path / name).write_bytes(content)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from spatialvlm.data.media import image as image_module
-from spatialvlm.data.media.image import decode_image, image_size
+from spatialvlm.data.media.image import decode_image, read_image_header
 from spatialvlm.data.media.paths import resolve
 from spatialvlm.data.media.plan import MediaHeader, MediaPolicy, plan_media
 from spatialvlm.data.media.resize import (
@@ -153,12 +153,22 @@ class TestImages:
     @pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP"])
     def test_exif_turns_planned_and_decoded_size(self, fmt):
         data = encoded(Image.new("RGB", (30, 20)), fmt, exif=exif(6))
-        assert image_size(data) == (30, 20)
+        assert read_image_header(data).size == (30, 20)
         assert decode_image(data).shape == (30, 20, 3)
 
     @pytest.mark.parametrize("fmt", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"])
     def test_header_size(self, fmt):
-        assert image_size(encoded(Image.new("RGB", (31, 17)), fmt)) == (17, 31)
+        assert read_image_header(encoded(Image.new("RGB", (31, 17)), fmt)).size == (17, 31)
+
+    @pytest.mark.parametrize("fmt", ["PNG", "GIF", "WEBP"])
+    def test_an_animation_is_its_first_frame_and_is_reported(self, fmt):
+        frames = [Image.new("RGB", (31, 17), color) for color in ("red", "green", "blue")]
+        data = encoded(frames[0], fmt, save_all=True, append_images=frames[1:])
+        assert read_image_header(data) == ((17, 31), True)
+        assert decode_image(data)[0, 0, 0] > 200
+        assert not read_image_header(encoded(frames[0], fmt)).animated
+        if fmt != "WEBP":  # Pillow opens no cut WebP; here later frames are damaged, the first is whole
+            assert read_image_header(data[: len(data) - 40]).size == (17, 31)
 
     def test_header_reads_little(self, tmp_path, monkeypatch):
         noise = np.random.default_rng(0).integers(0, 255, (400, 500, 3), dtype=np.uint8)
@@ -166,7 +176,7 @@ class TestImages:
         path.write_bytes(encoded(Image.fromarray(noise), "JPEG", quality=100))
         assert path.stat().st_size > 200_000
         monkeypatch.setattr(image_module, "_open", None)  # Pillow is not needed
-        assert image_size(path) == (400, 500)
+        assert read_image_header(path).size == (400, 500)
 
     @pytest.mark.parametrize(
         ("data", "reason"),
@@ -192,7 +202,7 @@ class TestImages:
 
         header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
         data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0"))
-        for read in (image_size, decode_image):
+        for read in (read_image_header, decode_image):
             with pytest.raises(MediaError) as caught:
                 read(data)
             assert caught.value.reason == "too_many_pixels"
@@ -455,7 +465,7 @@ class TestFuzz:
             if rng.random() < 0.3:
                 data = data[: int(rng.integers(1, len(data)))]
             try:
-                size = image_size(bytes(data), max_pixels=10**6)
+                size = read_image_header(bytes(data), max_pixels=10**6).size
                 pixels = decode_image(bytes(data), max_pixels=10**6)
             except MediaError as error:
                 reasons.add(error.reason)
