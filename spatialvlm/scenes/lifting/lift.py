@@ -219,7 +219,7 @@ def _lift(
         metric=metric,
         gravity_aligned=aligned,
         room=Room(floor_z=min((box.z_min for box in boxes), default=0.0)),
-        extra={"counters": dict(sorted(counters.items())), "backends": _used(backends)},
+        extra={"counters": dict(sorted((+counters).items())), "backends": _used(backends)},
     )
     return Lifted(
         scene,

@@ -5,8 +5,10 @@ import pytest
 
 from spatialvlm.errors import BackendUnavailableError
 from spatialvlm.scenes.lifting import hf_backends
+from spatialvlm.scenes.lifting.features import FeatureStore
 from spatialvlm.scenes.lifting.hf_backends import (
     DepthAnythingDepth,
+    DepthPro,
     GroundingDinoDetector,
     Sam2Segmenter,
     match_label,
@@ -52,7 +54,7 @@ def test_depth_anything(tmp_path, estimation):
     np.testing.assert_array_equal(depth, backend.depth(IMAGES))
 
 
-def test_sam2(tmp_path):
+def save_sam2(path):
     from transformers import (
         Sam2Config,
         Sam2HieraDetConfig,
@@ -85,11 +87,15 @@ def test_sam2(tmp_path):
             iou_head_hidden_dim=16,
         ),
     )
-    Sam2Model(config).save_pretrained(tmp_path)
+    Sam2Model(config).save_pretrained(path)
     processor = Sam2ImageProcessorFast(
         size={"height": 64, "width": 64}, mask_size={"height": 16, "width": 16}
     )
-    Sam2Processor(processor, target_size=64).save_pretrained(tmp_path)
+    Sam2Processor(processor, target_size=64).save_pretrained(path)
+
+
+def test_sam2(tmp_path):
+    save_sam2(tmp_path)
     backend = Sam2Segmenter(str(tmp_path))
     boxes = [[Detection("a", (2, 3, 20, 30), 0.9), Detection("b", (2, 3, 40, 30), 0.8)], []]
     masks = backend.segment(IMAGES, boxes)
@@ -100,7 +106,83 @@ def test_sam2(tmp_path):
         assert 0 <= mask.score <= 1
 
 
-def test_grounding_dino(tmp_path, monkeypatch):
+def test_sam2_encodes_every_picture_once(tmp_path, monkeypatch):
+    """Masks of two prompts in two calls (segment, refine) take one pass of the image encoder."""
+    save_sam2(tmp_path)
+    boxes = [[Detection("a", (2, 3, 20, 30), 0.9)], [Detection("b", (2, 3, 40, 30), 0.8)]]
+    results = {}
+    for name, store in (("alone", None), ("shared", FeatureStore())):
+        backend = Sam2Segmenter(str(tmp_path), store=store)
+        encode, passes = backend._model.get_image_embeddings, []
+        monkeypatch.setattr(
+            backend._model,
+            "get_image_embeddings",
+            lambda pixels, encode=encode, passes=passes: passes.append(1) or encode(pixels),
+        )
+        found = [backend.segment(IMAGES, boxes), backend.segment(IMAGES, boxes[::-1])]
+        results[name] = [m.pixels for call in found for masks in call for m in masks]
+        assert len(passes) == {"alone": 4, "shared": 2}[name]
+    for alone, shared in zip(results["alone"], results["shared"], strict=True):
+        np.testing.assert_array_equal(alone, shared)
+
+
+def test_version_changes_with_the_weights(tmp_path):
+    import torch
+
+    save_sam2(tmp_path)
+    before = Sam2Segmenter(str(tmp_path))
+    assert before.version == Sam2Segmenter(str(tmp_path)).version
+    with torch.no_grad():
+        next(before._model.parameters()).add_(1.0)
+    before._model.save_pretrained(tmp_path)
+    assert Sam2Segmenter(str(tmp_path)).version != before.version
+
+
+def save_depth_pro(path, *, fov=True):
+    from transformers import (
+        DepthProConfig,
+        DepthProForDepthEstimation,
+        DepthProImageProcessor,
+        Dinov2Config,
+    )
+
+    def encoder():
+        return Dinov2Config(
+            hidden_size=16, num_hidden_layers=4, num_attention_heads=2, mlp_ratio=2, image_size=16, patch_size=8,
+            apply_layernorm=True,
+        )  # fmt: skip
+
+    config = DepthProConfig(
+        fusion_hidden_size=8, patch_size=16, intermediate_hook_ids=[2, 1], intermediate_feature_dims=[8, 8],
+        scaled_images_ratios=[0.5, 1.0], scaled_images_overlap_ratios=[0.0, 0.2],
+        scaled_images_feature_dims=[16, 8], merge_padding_value=1, use_fov_model=fov, num_fov_head_layers=1,
+        image_model_config=encoder(), patch_model_config=encoder(), fov_model_config=encoder(),
+    )  # fmt: skip
+    DepthProForDepthEstimation(config).save_pretrained(path)
+    DepthProImageProcessor(size={"height": 32, "width": 32}).save_pretrained(path)
+
+
+def test_depth_pro_gives_depth_and_focal_length_in_one_pass(tmp_path, monkeypatch):
+    save_depth_pro(tmp_path)
+    backend = DepthPro(str(tmp_path))
+    forward, passes = backend._model.forward, []
+    monkeypatch.setattr(
+        backend._model, "forward", lambda **inputs: passes.append(1) or forward(**inputs)
+    )
+    depth = backend.depth(IMAGES)
+    k = backend.intrinsics(IMAGES)
+    assert depth.shape == (2, 48, 64)
+    assert (depth > 0).all()
+    assert k.shape == (2, 3, 3)
+    assert k[0, 0, 0] != 0
+    np.testing.assert_array_equal(k[:, :2, 2], [[32, 24]] * 2)
+    assert len(passes) == 1
+    save_depth_pro(tmp_path / "without", fov=False)
+    with pytest.raises(BackendUnavailableError, match="no field-of-view head"):
+        DepthPro(str(tmp_path / "without"))
+
+
+def save_grounding_dino(path):
     from transformers import (
         BertConfig,
         BertTokenizerFast,
@@ -129,10 +211,14 @@ def test_grounding_dino(tmp_path, monkeypatch):
         encoder_layers=1, encoder_ffn_dim=16, encoder_attention_heads=2, encoder_n_points=2,
         decoder_layers=2, decoder_ffn_dim=16, decoder_attention_heads=2, decoder_n_points=2, max_text_len=16,
     )  # fmt: skip
-    GroundingDinoForObjectDetection(config).save_pretrained(tmp_path)
+    GroundingDinoForObjectDetection(config).save_pretrained(path)
     images = GroundingDinoImageProcessor(size={"shortest_edge": 128, "longest_edge": 192})
     tokenizer = BertTokenizerFast(vocab={word: index for index, word in enumerate(words)})
-    GroundingDinoProcessor(images, tokenizer).save_pretrained(tmp_path)
+    GroundingDinoProcessor(images, tokenizer).save_pretrained(path)
+
+
+def test_grounding_dino(tmp_path, monkeypatch):
+    save_grounding_dino(tmp_path)
     monkeypatch.setattr(hf_backends, "BOX_THRESHOLD", 0.0)
     monkeypatch.setattr(hf_backends, "TEXT_THRESHOLD", 0.0)
     backend = GroundingDinoDetector(str(tmp_path))
