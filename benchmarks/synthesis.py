@@ -29,7 +29,7 @@ from spatialvlm.synthesis.generate import RowMaker, make_context, task_rows
 from spatialvlm.synthesis.parts import write_rows
 from spatialvlm.synthesis.plan import TaskPlan, make_plan
 from spatialvlm.synthesis.tasks import TASKS
-from spatialvlm.synthesis.wording import default_book
+from spatialvlm.synthesis.wording import phrase_book
 
 SIMPLE = ("dist_abs", "vsi_rel_dist", "vsi_rel_dir", "ssr_lcm")
 
@@ -49,7 +49,7 @@ def measure_tasks(folder: Path, per_task: int) -> dict[str, object]:
             ctx.view(index)
         _ = ctx.distances, ctx.covisibility
         context_s += time.process_time() - start
-        maker = RowMaker(ctx, plan, default_book())
+        maker = RowMaker(ctx, plan, phrase_book())
         for name, task in TASKS.items():
             start = time.process_time()
             made = list(task_rows(maker, task, Counter()))

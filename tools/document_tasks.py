@@ -31,7 +31,7 @@ from spatialvlm.synthesis.plan import make_plan
 from spatialvlm.synthesis.rows import Reason
 from spatialvlm.synthesis.tasks import TASKS, Task
 from spatialvlm.synthesis.verify import check_row
-from spatialvlm.synthesis.wording import default_book
+from spatialvlm.synthesis.wording import phrase_book
 
 MAX_IMAGES = 4
 WIDTH = 640
@@ -127,7 +127,7 @@ def examples(scenes: Path, seed: int) -> dict[str, dict[str, Any]]:
     for scene in iter_scenes(scenes):
         prefix = Path(os.path.relpath(scene.root, scenes)).as_posix()
         rows, _ = generate_scene(scene, plan, image_prefix=prefix)
-        maker = RowMaker(make_context(scene, plan), plan, default_book(), prefix)
+        maker = RowMaker(make_context(scene, plan), plan, phrase_book(), prefix)
         for row in rows:
             problems = check_row(maker, row)
             if problems:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from spatialvlm.errors import ConfigError, ContaminationError, SpatialVLMError, run_command
 from spatialvlm.scenes.blacklist import Blacklist, load_list, shipped_lists
 from spatialvlm.synthesis.balance import balance
-from spatialvlm.synthesis.engine import merge_manifest, synthesize
+from spatialvlm.synthesis.engine import SCENE_TIMEOUT_S, merge_manifest, synthesize
 from spatialvlm.synthesis.export import export_rows
 from spatialvlm.synthesis.parts import list_scenes
 from spatialvlm.synthesis.plan import SynthesisPlan, make_plan
@@ -70,7 +71,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--allow-split", nargs="+", help="splits of imported scenes to use (default: train)"
     )
-    parser.add_argument("--max-failed", type=float, default=0.01)
+    parser.add_argument(
+        "--max-failed", type=float, default=0.01, help="share of scenes that may fail"
+    )
+    parser.add_argument(
+        "--scene-timeout",
+        type=float,
+        default=SCENE_TIMEOUT_S,
+        metavar="S",
+        help="longest time for one scene, 0 = no limit; slow and failed scenes are tried twice, then listed",
+    )
     parser.add_argument(
         "--overwrite",
         action="store_true",
@@ -203,6 +213,11 @@ def main(argv: list[str] | None = None) -> int:
         bar.update(scenes)
         bar.set_postfix(rows=rows)
 
+    def stop(number: int, _: object) -> None:
+        print("stopped: finished parts are kept, the same command continues", file=sys.stderr)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         summary = synthesize(
             arguments.scenes,
@@ -217,6 +232,7 @@ def main(argv: list[str] | None = None) -> int:
             allow_blocked=arguments.allow_contaminated,
             dry_run=arguments.dry_run,
             max_failed=arguments.max_failed,
+            scene_timeout_s=arguments.scene_timeout,
             progress=show,
         )
     except SpatialVLMError as error:

@@ -5,41 +5,51 @@ from __future__ import annotations
 import json
 import re
 import resource
+import signal
+import threading
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import shapely
+
 from spatialvlm import __version__
 from spatialvlm.errors import ConfigError, SpatialVLMError, SynthesisError
 from spatialvlm.scenes.schema import Scene
-from spatialvlm.synthesis.executors import Executor, run_parts
-from spatialvlm.synthesis.generate import RowMaker, generate_scene, make_context
+from spatialvlm.synthesis.executors import Executor, run_parts, run_separately
+from spatialvlm.synthesis.generate import Counters, RowMaker, generate_scene, make_context
 from spatialvlm.synthesis.parts import (
     Part,
+    RowWriter,
     SceneRef,
+    finish_part,
     finished_sidecar,
     image_prefix,
     list_scenes,
     read_scene,
     split_into_parts,
-    write_part,
     write_text,
 )
 from spatialvlm.synthesis.plan import SynthesisPlan
 from spatialvlm.synthesis.rows import CONTAMINATED, GEN_VERSION, compact_json
 from spatialvlm.synthesis.twins import base_of, counterfactual_rows
-from spatialvlm.synthesis.wording import PhraseBook, default_book
+from spatialvlm.synthesis.wording import PhraseBook, phrase_book
 
 _PART = re.compile(r"part-\d{5}-of-\d{5}")
 MAX_FAILED = 0.01
 """Share of scenes that may fail before a run stops."""
-SCENE_FAILURES = (SpatialVLMError, ArithmeticError, LookupError, ValueError, OSError)
-"""What one bad scene can raise; it is recorded and the others go on."""
+SCENE_FAILURES = (
+    SpatialVLMError, ArithmeticError, LookupError, ValueError, OSError, MemoryError,
+    shapely.errors.ShapelyError,
+)  # fmt: skip
+"""What one bad scene can raise; it is tried again, recorded, and the others go on."""
+SCENE_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,8 @@ class Job:
     allow_blocked: bool = False
     """Use them all the same; their rows carry the tag ``contaminated``."""
     dry_run: bool = False
+    scene_timeout_s: float = SCENE_TIMEOUT_S
+    """Longest time for one scene; 0 = no limit."""
 
 
 @dataclass
@@ -97,6 +109,7 @@ def synthesize(
     allow_blocked: bool = False,
     dry_run: bool = False,
     max_failed: float = MAX_FAILED,
+    scene_timeout_s: float = SCENE_TIMEOUT_S,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
     """Generate all rows; complete parts of an earlier run with the same plan are kept.
@@ -114,6 +127,8 @@ def synthesize(
         allow_blocked: Use them and tag their rows ``contaminated``.
         dry_run: Count only, write nothing.
         max_failed: Share of scenes that may fail.
+        scene_timeout_s: Longest time for one scene in seconds; 0 = no limit. A scene that fails or takes longer
+            is tried once more in a process of its own, then recorded. The next run tries it again.
         progress: Called with (scenes of the finished part, its rows).
 
     Raises:
@@ -129,7 +144,9 @@ def synthesize(
     parts = [part for part in split_into_parts(refs) if part.index % count == index]
     summary = Summary()
     bases = {ref.scene_id: ref for ref in refs}
-    job = Job(scenes, out, plan, bases, tuple(sorted(blocked)), allow_blocked, dry_run)
+    job = Job(
+        scenes, out, plan, bases, tuple(sorted(blocked)), allow_blocked, dry_run, scene_timeout_s
+    )
     todo = []
     if not dry_run:
         out.mkdir(parents=True, exist_ok=True)
@@ -163,35 +180,26 @@ def synthesize(
 def run_part(job: Job, part: Part) -> dict[str, Any]:
     """Generate one part and write it; returns its sidecar."""
     started = time.perf_counter()
-    book = PhraseBook(job.plan.templates) if job.plan.templates else default_book()
-    rows: list[dict[str, Any]] = []
     counters: Counter[tuple[str, str]] = Counter()
     failed: dict[str, str] = {}
     licenses: Counter[str] = Counter()
     skipped: list[str] = []
-    for ref in part.scenes:
-        contaminated = ref.scene_id in job.blocked
-        if contaminated and not job.allow_blocked:
-            skipped.append(ref.scene_id)
-            continue
-        try:
-            scene = read_scene(ref)
-            if scene.source != "rooms" and scene.split not in job.plan.allow_split:
+    rows = 0
+    with nullcontext() if job.dry_run else RowWriter(job.out / f"{part.stem}.parquet") as writer:
+        for ref in part.scenes:
+            try:
+                made, counted = _scene_rows_or_retry(job, ref)
+            except SCENE_FAILURES:
+                failed[ref.scene_id] = traceback.format_exc()
+                continue
+            if made is None:
                 skipped.append(ref.scene_id)
                 continue
-            prefix = image_prefix(scene, job.scenes)
-            made, counted = generate_scene(scene, job.plan, image_prefix=prefix, book=book)
-            base = base_of(scene)
-            if base is not None and base in job.bases:
-                made = with_pairs(job, scene, read_scene(job.bases[base]), prefix, book, made)
-        except SCENE_FAILURES:
-            failed[ref.scene_id] = traceback.format_exc()
-            continue
-        if contaminated:
-            made = [{**row, "tags": [*row["tags"], CONTAMINATED]} for row in made]
-        rows += made
-        counters.update(counted)
-        licenses[scene.license] += len(made)
+            if writer is not None:
+                writer.add(made)
+            rows += len(made)
+            counters.update(counted)
+            licenses.update(row["license"] for row in made)
     nested: dict[str, dict[str, int]] = defaultdict(dict)
     for (task, reason), count in sorted(counters.items()):
         nested[task][reason] = count
@@ -203,13 +211,76 @@ def run_part(job: Job, part: Part) -> dict[str, Any]:
         "licenses": dict(licenses),
         "config_hash": job.plan.config_hash,
         "gen_version": GEN_VERSION,
-        "rows": len(rows),
+        "rows": rows,
         "seconds": round(time.perf_counter() - started, 3),
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
     if not job.dry_run:
-        write_part(job.out, part, rows, sidecar)
+        finish_part(job.out, part, sidecar)
     return sidecar
+
+
+SceneRows = tuple[list[dict[str, Any]] | None, Counters]
+
+
+def _scene_rows_or_retry(job: Job, ref: SceneRef) -> SceneRows:
+    """Rows of a scene; after a failure once more in a new process, where nothing of this one can disturb."""
+    try:
+        return scene_rows(job, ref)
+    except SCENE_FAILURES as first:
+        try:
+            return run_separately(partial(scene_rows, job), ref)
+        except SCENE_FAILURES as second:
+            raise second from first
+
+
+def scene_rows(job: Job, ref: SceneRef) -> SceneRows:
+    """Rows of a scene and what was rejected; ``None`` for a scene that must not be used.
+
+    Raises:
+        SynthesisError: It takes longer than ``job.scene_timeout_s``.
+    """
+    contaminated = ref.scene_id in job.blocked
+    if contaminated and not job.allow_blocked:
+        return None, Counter()
+    book = phrase_book(job.plan.templates)
+    with time_limit(job.scene_timeout_s, ref.scene_id):
+        scene = read_scene(ref)
+        if scene.source != "rooms" and scene.split not in job.plan.allow_split:
+            return None, Counter()
+        prefix = image_prefix(scene, job.scenes)
+        made, counted = generate_scene(scene, job.plan, image_prefix=prefix, book=book)
+        base = base_of(scene)
+        if base is not None and base in job.bases:
+            made = with_pairs(job, scene, read_scene(job.bases[base]), prefix, book, made)
+    if contaminated:
+        made = [{**row, "tags": [*row["tags"], CONTAMINATED]} for row in made]
+    return made, counted
+
+
+@contextmanager
+def time_limit(seconds: float, what: str) -> Iterator[None]:
+    """Interrupt the block after ``seconds`` (0 = never); only the main thread of a process can.
+
+    Raises:
+        SynthesisError: The block took longer.
+    """
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise SynthesisError(
+            f"{what} takes longer than {seconds:g} s. Raise --scene-timeout, or use fewer frames of it."
+        )
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def with_pairs(

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Literal, TypeVar
 
-from spatialvlm.errors import BackendUnavailableError
+from spatialvlm.errors import BackendUnavailableError, SynthesisError
 
 Executor = Literal["serial", "process", "ray"]
 Item = TypeVar("Item")
@@ -47,17 +49,59 @@ def _run_processes(
 ) -> Iterator[Result]:
     before = {name: os.environ.get(name) for name in _ONE_THREAD}
     os.environ.update(_ONE_THREAD)
+    others = set(multiprocessing.active_children())
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(
+        min(workers, len(items)), mp_context=context, initializer=_end_with_parent
+    )
     try:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(items)), mp_context=context) as pool:
-            for future in as_completed([pool.submit(function, item) for item in items]):
-                yield future.result()
+        for future in as_completed([pool.submit(function, item) for item in items]):
+            yield future.result()
+        pool.shutdown()
+    except BrokenProcessPool as error:
+        raise SynthesisError(
+            "a worker process died (killed by the system, mostly for memory). Finished parts are kept: run the "
+            "same command again, with fewer workers if memory was short."
+        ) from error
     finally:
+        # After an exception or a signal: what runs is dropped, so that nothing goes on behind the caller's back.
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        pool.shutdown(cancel_futures=True)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _end_with_parent() -> None:
+    """In a worker: end when the process that started it is gone; workers of a killed run would wait forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_separately(function: Callable[[Item], Result], item: Item) -> Result:
+    """``function(item)`` in a new process; its exception is raised here.
+
+    Raises:
+        SynthesisError: The process died.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
+        try:
+            return pool.submit(function, item).result()
+        except BrokenProcessPool as error:
+            raise SynthesisError(
+                f"{item}: the process died (killed by the system, mostly for memory). Use fewer workers or "
+                "fewer frames."
+            ) from error
 
 
 def _run_ray(

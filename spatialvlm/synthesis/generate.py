@@ -21,7 +21,7 @@ from spatialvlm.synthesis.rows import (
     row_id,
 )
 from spatialvlm.synthesis.tasks import TASKS, Task
-from spatialvlm.synthesis.wording import PhraseBook, default_book
+from spatialvlm.synthesis.wording import PhraseBook, phrase_book
 from spatialvlm.synthesis.writer import Writer
 
 TRIES_PER_ROW = 20
@@ -61,7 +61,7 @@ def generate_scene(
         Rows of :data:`~spatialvlm.synthesis.rows.SCHEMA` and what was rejected for which reason.
     """
     ctx = make_context(scene, plan)
-    maker = RowMaker(ctx, plan, book or default_book(), image_prefix)
+    maker = RowMaker(ctx, plan, book or phrase_book(), image_prefix)
     counters: Counters = Counter()
     rows: list[dict[str, Any]] = []
     for name in sorted(plan.tasks):

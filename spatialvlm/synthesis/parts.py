@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spatialvlm.errors import SceneSchemaError
-from spatialvlm.scenes.io import load_scene, read_scenes_parquet, scene_files
+from spatialvlm.scenes.io import load_scene, scene_files, scene_from_dict
 from spatialvlm.scenes.schema import Scene
 from spatialvlm.synthesis.rows import SCHEMA
 
@@ -73,14 +73,30 @@ def _scene_id(path: Path) -> str:
 
 
 def read_scene(ref: SceneRef) -> Scene:
-    """Load and validate a scene."""
+    """Load and validate a scene.
+
+    Raises:
+        SceneSchemaError: It cannot be read, or its file has fewer rows than when it was listed.
+    """
     path = Path(ref.path)
     if path.suffix != ".parquet":
         return load_scene(path)
-    for position, scene in enumerate(read_scenes_parquet(path)):
-        if position == ref.position:
-            return scene
-    raise AssertionError(f"{path} has no row {ref.position}")
+    try:
+        skip = ref.position
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=16, columns=["root", "scene"]):
+            if skip < batch.num_rows:
+                row = batch.slice(skip, 1).to_pylist()[0]
+                root = Path(row["root"]) if row["root"] else path.parent
+                return scene_from_dict(json.loads(row["scene"]), root=root, where=str(path))
+            skip -= batch.num_rows
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise SceneSchemaError(
+            f"{path}, row {ref.position}: not a readable scene: {error}. Import the scenes again."
+        ) from error
+    raise SceneSchemaError(
+        f"{path} has no row {ref.position} any more. Import the scenes again and do not change them "
+        "while rows are made."
+    )
 
 
 def image_prefix(scene: Scene, folder: Path) -> str:
@@ -97,25 +113,63 @@ def split_into_parts(scenes: Sequence[SceneRef]) -> list[Part]:
     return [Part(i, total, tuple(scenes[i * size : (i + 1) * size])) for i in range(total)]
 
 
-def write_part(
-    folder: Path, part: Part, rows: Sequence[dict[str, Any]], sidecar: dict[str, Any]
-) -> None:
-    """Write the rows and then the sidecar, whose presence marks the part as complete."""
-    target = folder / f"{part.stem}.parquet"
-    write_rows(target, rows)
-    sidecar = {**sidecar, "rows": len(rows), "sha256": sha256(target)}
+class RowWriter:
+    """Writes rows as zstd parquet, a row group at a time; the file appears when it is complete.
+
+    A context manager: rows go to a temporary name, which moves into place at the end of the block and is removed
+    when an exception ends it.
+
+    Args:
+        target: File to write.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.rows = 0
+        self._target = target
+        self._temporary = target.with_name(f".{target.name}.tmp")
+        self._waiting: list[dict[str, Any]] = []
+
+    def __enter__(self) -> RowWriter:
+        """Open the file."""
+        self._file = pq.ParquetWriter(
+            self._temporary, SCHEMA, compression="zstd", compression_level=3
+        )
+        return self
+
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Append rows; at most one row group waits in memory."""
+        self._waiting += rows
+        while len(self._waiting) >= ROW_GROUP:
+            self._write(self._waiting[:ROW_GROUP])
+            del self._waiting[:ROW_GROUP]
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        self._file.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+        self.rows += len(rows)
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Move the file into place, or remove it after an exception."""
+        if kind is not None:
+            self._file.close()
+            self._temporary.unlink()
+            return
+        if self._waiting or not self.rows:
+            self._write(self._waiting)
+        self._file.close()
+        _sync(self._temporary)
+        self._temporary.replace(self._target)
+
+
+def write_rows(target: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write all rows of a file."""
+    with RowWriter(target) as writer:
+        writer.add(rows)
+
+
+def finish_part(folder: Path, part: Part, sidecar: dict[str, Any]) -> None:
+    """Write the sidecar of a written part; its presence marks the part as complete."""
+    sidecar = {**sidecar, "sha256": sha256(folder / f"{part.stem}.parquet")}
     write_text(folder / f"{part.stem}.json", json.dumps(sidecar, indent=1, sort_keys=True))
-
-
-def write_rows(target: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows as zstd parquet under a temporary name and move the file into place."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
-    pq.write_table(
-        table, temporary, compression="zstd", compression_level=3, row_group_size=ROW_GROUP
-    )
-    _sync(temporary)
-    temporary.replace(target)
 
 
 def write_text(target: Path, text: str) -> None:
@@ -140,11 +194,11 @@ def sha256(path: Path) -> str:
 
 
 def finished_sidecar(folder: Path, part: Part) -> dict[str, Any] | None:
-    """Sidecar of a part that is complete and intact, else ``None``."""
+    """Sidecar of a part that is complete and intact, else ``None``; failed scenes are tried again."""
     try:
         sidecar: dict[str, Any] = json.loads((folder / f"{part.stem}.json").read_text("utf-8"))
         intact = sidecar["sha256"] == sha256(folder / f"{part.stem}.parquet")
         same_scenes = sidecar["scenes"] == [ref.scene_id for ref in part.scenes]
     except (OSError, ValueError, KeyError):
         return None
-    return sidecar if intact and same_scenes else None
+    return sidecar if intact and same_scenes and not sidecar.get("failed_scenes") else None

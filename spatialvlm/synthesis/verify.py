@@ -27,6 +27,7 @@ from spatialvlm.answers import (
     same_answer,
 )
 from spatialvlm.errors import DataError, SynthesisError
+from spatialvlm.synthesis.caption_rewrite import REWRITTEN, restored
 from spatialvlm.synthesis.executors import Executor, run_parts
 from spatialvlm.synthesis.generate import RowMaker, make_context
 from spatialvlm.synthesis.parts import SceneRef, image_prefix, list_scenes, read_scene
@@ -34,7 +35,7 @@ from spatialvlm.synthesis.plan import SynthesisPlan, TaskPlan
 from spatialvlm.synthesis.rows import CONTAMINATED, SCHEMA, Reject, canonical_json, hashed, row_id
 from spatialvlm.synthesis.tasks import TASKS
 from spatialvlm.synthesis.twins import TAG
-from spatialvlm.synthesis.wording import PhraseBook, Wording, default_book
+from spatialvlm.synthesis.wording import Wording, phrase_book
 from spatialvlm.synthesis.writer import OPTION_GAP
 
 REGENERATED = (
@@ -156,7 +157,7 @@ def verify_file(job: Job, path: Path) -> Report:
         seen.add(row["id"])
         if job.sample >= 1.0 or hashed("sample", row["id"]) < job.sample * 2**64:
             by_scene[row["scene_id"]].append(row)
-    book = PhraseBook(job.plan.templates) if job.plan.templates else default_book()
+    book = phrase_book(job.plan.templates)
     for scene_id, rows in sorted(by_scene.items()):
         if scene_id in job.blocked or scene_id not in job.refs:
             what = "blocked" if scene_id in job.blocked else "not among the scenes"
@@ -197,6 +198,9 @@ def check_row(maker: RowMaker, row: Mapping[str, Any]) -> list[str]:
         fresh = maker.row(task, args)
     except Reject as reject:
         return [*problems, f"is rejected now: {reject.reason} ({reject.detail})"]
+    if REWRITTEN in row["tags"]:
+        row, changed = restored(row, fresh, maker.ctx.labels)
+        problems += changed
     if fresh["evidence"] != row["evidence"] and not _close(fresh["evidence"], row["evidence"]):
         problems.append(f"evidence {row['evidence']} is now {fresh['evidence']}")
     if abs(fresh["margin"]["value"] - row["margin"]["value"]) > 1e-5:

@@ -248,10 +248,10 @@ class PhraseBook:
         return draws.choice(lines)
 
 
-@lru_cache(maxsize=1)
-def default_book() -> PhraseBook:
-    """The built-in templates, read once per process."""
-    return PhraseBook()
+@lru_cache(maxsize=4)
+def phrase_book(extra: tuple[str, ...] = ()) -> PhraseBook:
+    """The built-in templates and those of further files, read once per process."""
+    return PhraseBook(extra)
 
 
 def lint(texts: Mapping[str, Mapping[str, Any]]) -> list[str]:

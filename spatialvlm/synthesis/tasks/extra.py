@@ -73,11 +73,12 @@ class LocateCell(Task):
 
 
 class CellMap(Task):
-    """The main colour, or the main label, in every lettered cell of a 4x4 grid over the image.
+    """The main colour, or the main label, in every lettered cell of a 4x4 grid over the image, or the reverse.
 
     Sixteen answers about one image, each behind the letter of its cell, teach a model that starts from random
     weights to see long before single questions would; the other tasks build on it. Without the letters the
-    model would have to count cells, and does not learn.
+    model would have to count cells, and does not learn. The reverse variants list the cells of every colour or
+    label: what relations need is to find the place of a thing, not only the thing at a place.
     """
 
     id = "cell_map"
@@ -86,7 +87,7 @@ class CellMap(Task):
     group = "rel"
     dimension = "rel"
     forms = ("OE",)
-    variants = ("colour", "label")
+    variants = ("colour", "label", "colour_cells", "label_cells")
 
     def propose(self, ctx: SceneContext, rng: Generator) -> Iterator[Args]:
         """Every frame with every variant, in random order."""
@@ -96,14 +97,17 @@ class CellMap(Task):
                 yield {"variant": variant, "frames": [frame_id], "objects": []}
 
     def derive(self, ctx: SceneContext, args: Args) -> Derived:
-        """``A word B word ...``: the word with the most pixels, ``none`` below an eighth of the cell."""
+        """``A word B word ...``: the word with the most pixels, ``none`` below an eighth of the cell.
+
+        Reversed, ``word A B, word C, ...`` with the words in alphabetical order.
+        """
         ids = ctx.instances(ctx.frame_of[args["frames"][0]])
         words = [obj.color_name for obj in ctx.objects]
-        if args["variant"] == "label":
+        if args["variant"].startswith("label"):
             words = list(ctx.labels)
         height, width = ids.shape
-        answer, guard = [], 1.0
-        for index, letter in enumerate(CELL_LETTERS):
+        cells, guard = [], 1.0
+        for index in range(len(CELL_LETTERS)):
             row, column = divmod(index, GRID)
             cell = ids[
                 row * height // GRID : (row + 1) * height // GRID,
@@ -117,9 +121,18 @@ class CellMap(Task):
                     word = str(words[obj])
                     share[word] = share.get(word, 0.0) + int(pixels) / cell.size
             best, second = sorted([*share.values(), 0.0], reverse=True)[:2]
-            answer.append(f"{letter} {max(share, key=lambda word: share[word])}")
+            cells.append(max(share, key=lambda word: share[word]))
             guard = min(guard, best - second)
-        return Derived(" ".join(answer), require("share", guard, CELL_TIE), {"guard": guard})
+        margin = require("share", guard, CELL_TIE)
+        if args["variant"].endswith("_cells"):
+            places = {
+                word: " ".join(x for x, held in zip(CELL_LETTERS, cells, strict=True) if held == word)
+                for word in sorted(set(cells) - {NOTHING})
+            }
+            answer = ", ".join(f"{word} {letters}" for word, letters in places.items()) or NOTHING
+        else:
+            answer = " ".join(f"{x} {word}" for x, word in zip(CELL_LETTERS, cells, strict=True))
+        return Derived(answer, margin, {"guard": guard})
 
     def phrase(self, ctx: SceneContext, args: Args, derived: Derived, write: Writer) -> QA:
         """One open question per variant."""

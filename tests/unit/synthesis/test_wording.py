@@ -16,9 +16,9 @@ from spatialvlm.synthesis.wording import (
     Ref,
     Template,
     Wording,
-    default_book,
     indefinite,
     lint,
+    phrase_book,
     plural,
 )
 
@@ -62,7 +62,7 @@ def test_shipped_templates_are_clean_and_users_can_add_their_own(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("left_right:\n  YN:\n    - Tell me whether {a} is {word} of {b}.\n")
     book = PhraseBook([path])
-    assert len(book.find("left_right", "YN")) == len(default_book().find("left_right", "YN")) + 1
+    assert len(book.find("left_right", "YN")) == len(phrase_book().find("left_right", "YN")) + 1
     path.write_text("left_right:\n  YN:\n    - '{a} {word} {b} in meters {'\n")
     with pytest.raises(SynthesisError, match="brace"):
         PhraseBook([path])
@@ -71,7 +71,7 @@ def test_shipped_templates_are_clean_and_users_can_add_their_own(tmp_path):
 
 
 def test_the_last_paraphrase_is_kept_for_held_out_splits():
-    book = default_book()
+    book = phrase_book()
 
     def seen(split, wording=None):
         draws = [Draws(i) for i in range(300)]
