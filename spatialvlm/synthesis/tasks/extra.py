@@ -126,7 +126,9 @@ class CellMap(Task):
         margin = require("share", guard, CELL_TIE)
         if args["variant"].endswith("_cells"):
             places = {
-                word: " ".join(x for x, held in zip(CELL_LETTERS, cells, strict=True) if held == word)
+                word: " ".join(
+                    x for x, held in zip(CELL_LETTERS, cells, strict=True) if held == word
+                )
                 for word in sorted(set(cells) - {NOTHING})
             }
             answer = ", ".join(f"{word} {letters}" for word, letters in places.items()) or NOTHING

@@ -1,6 +1,7 @@
 """Questions about rendered rooms: shipped task files, ablation switches, ray."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from spatialvlm.synthesis.engine import synthesize
 from spatialvlm.synthesis.generate import generate_scene
 from spatialvlm.synthesis.plan import make_plan
 from spatialvlm.synthesis.points import boxes_of_visible_points
+from spatialvlm.synthesis.rows import Reject
 from spatialvlm.synthesis.tasks import TASKS
+from spatialvlm.synthesis.tasks.extra import CELL_LETTERS
 from spatialvlm.synthesis.verify import verify
 from spatialvlm.synthesis.wording import Wording
 
@@ -77,6 +80,30 @@ def test_masks_make_every_format_possible(rooms):
     for slot in json.loads(rows[0]["slots"]):
         for rle in slot["masks"].values():
             assert sum(rle["counts"]) == 128 * 128
+
+
+@pytest.mark.parametrize("kind", ["colour", "label"])
+def test_cells_of_things_and_things_of_cells_are_one_map(rooms, kind):
+    checked = 0
+    for scene in scenes_of(rooms):
+        ctx = SceneContext(scene)
+        for frame in scene.frames:
+            args = {"variant": kind, "objects": [], "frames": [frame.frame_id]}
+            try:
+                forward = TASKS["cell_map"].derive(ctx, args).answer
+            except Reject:
+                continue
+            backward = TASKS["cell_map"].derive(ctx, {**args, "variant": f"{kind}_cells"}).answer
+            words = dict.fromkeys(CELL_LETTERS, "none")
+            names = []
+            for entry in backward.split(", ") if backward != "none" else []:
+                name, letters = re.fullmatch(r"(.+?) ([A-P](?: [A-P])*)", entry).groups()
+                names.append(name)
+                words |= dict.fromkeys(letters.split(), name)
+            assert names == sorted(names)
+            assert " ".join(f"{letter} {word}" for letter, word in words.items()) == forward
+            checked += bool(names)
+    assert checked >= 3
 
 
 def test_chains_of_thought_end_in_the_typed_answer(rooms):
