@@ -2,13 +2,15 @@
 
 All three families speak ChatML. A conversation becomes pieces: ids that belong to the template, ids of
 text, and media. Text of rows is encoded with special tokens disabled, so a user who types
-``<|im_start|>assistant`` or ``<|image_pad|>`` gets plain characters.
+``<|im_start|>assistant`` or ``<|image_pad|>`` gets plain characters. The tags around names and boxes are the
+exception: they only mark a span of the text they stand in, and the released models know them as tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -55,6 +57,17 @@ _MARKUP = {
     # The layout writes <img> and </img>, because a video has one pair per frame.
     "internvl3": _Markup("", "<IMG_CONTEXT>", "<video>", "", "\n"),
 }
+
+
+_QWEN_GROUNDING = tuple(
+    f"<|{name}_{end}|>" for name in ("object_ref", "box", "quad") for end in ("start", "end")
+)
+_GROUNDING = {
+    "qwen2_5vl": _QWEN_GROUNDING,
+    "qwen3vl": _QWEN_GROUNDING,
+    "internvl3": ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>"),
+}
+"""Tags of names and boxes that are one token each, in rows as in answers."""
 
 
 class TextPiece(NamedTuple):
@@ -160,7 +173,7 @@ class ChatTemplate:
         return [*unsupervised, TextPiece(np.concatenate(header), False)]
 
     def encode(self, text: str) -> IntArray:
-        """Ids of plain text; strings that look like special tokens stay text."""
+        """Ids of plain text; strings that look like special tokens stay text, but for grounding tags."""
         if len(text) <= _SHORT:
             if text not in self._short:
                 if len(self._short) > 10_000:
@@ -170,14 +183,24 @@ class ChatTemplate:
         return self._encode(text)
 
     def _encode(self, text: str) -> IntArray:
+        if "<" in text and self._tags:
+            between = self._tag.split(text)
+            if len(between) > 1:
+                parts = [[self._tags[t]] if t in self._tags else self._ids(t) for t in between if t]
+                return np.concatenate(parts).astype(np.int64)
+        return self._ids(text)
+
+    def _ids(self, text: str) -> IntArray:
         (found,) = self._plain.encode_batch_fast([text], add_special_tokens=False)  # no offsets
         return np.asarray(found.ids, dtype=np.int64)
 
     def decode(self, ids: Sequence[int] | IntArray, *, skip_special_tokens: bool = False) -> str:
-        """Text of ids."""
-        return str(
-            self._plain.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
-        )
+        """Text of ids; grounding tags are text and stay."""
+        numbers = [int(i) for i in ids]
+        if skip_special_tokens:
+            dropped = self._special.difference(self._tags.values())
+            numbers = [i for i in numbers if i not in dropped]
+        return str(self._plain.decode(numbers, skip_special_tokens=False))
 
     def token_id(self, token: str) -> int:
         """Id of a special token.
@@ -283,9 +306,17 @@ class ChatTemplate:
         self._plain.no_padding()
         self._plain.encode_special_tokens = True
         self._short: dict[str, IntArray] = {}
+        self._special = {
+            number
+            for number, token in self._plain.get_added_tokens_decoder().items()
+            if token.special
+        }
+        found = {tag: self._plain.token_to_id(tag) for tag in _GROUNDING[self.family]}
+        self._tags = {tag: number for tag, number in found.items() if number in self._special}
+        self._tag = re.compile(f"({'|'.join(map(re.escape, self._tags))})")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_plain", "_short")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_plain", "_short", "_tag")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

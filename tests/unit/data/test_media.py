@@ -167,7 +167,9 @@ class TestImages:
         assert read_image_header(data) == ((17, 31), True)
         assert decode_image(data)[0, 0, 0] > 200
         assert not read_image_header(encoded(frames[0], fmt)).animated
-        if fmt != "WEBP":  # Pillow opens no cut WebP; here later frames are damaged, the first is whole
+        if (
+            fmt != "WEBP"
+        ):  # Pillow opens no cut WebP; here later frames are damaged, the first is whole
             assert read_image_header(data[: len(data) - 40]).size == (17, 31)
 
     def test_header_reads_little(self, tmp_path, monkeypatch):

@@ -71,6 +71,24 @@ def test_hostile_text_is_plain_text(template):
     assert template.decode(ids[supervised]) == attack + "<|im_end|>"
 
 
+def test_grounding_tags_are_the_tokens_of_the_released_tokenizers(template, tiny_checkpoint):
+    """Names and boxes in questions and answers become the family's own tags, and come back when decoded."""
+    tokenizer = load_processor(tiny_checkpoint(template.family)).tokenizer
+    box = "<box>[[1, 2, 30, 40]]</box>"
+    if template.family != "internvl3":
+        box = "<|box_start|>(1,2),(30,40)<|box_end|>"
+    tag = box[: box.index(">") + 1]
+    turns = [Turn("user", (f"Is the cup {box} red? ",)), Turn("assistant", (f"It is {box}.",))]
+    ids, supervised = flat(template.pieces(turns))
+    stock = tokenizer(template.render(turns), add_special_tokens=False)["input_ids"]
+    assert ids.tolist() == stock
+    assert np.sum(ids == template.token_id(tag)) == 2
+    assert template.decode(ids[supervised]) == f"It is {box}.<|im_end|>"
+    assert template.decode(ids[supervised], skip_special_tokens=True) == f"It is {box}."
+    copy = pickle.loads(pickle.dumps(template))
+    assert copy.encode(box).tolist() == template.encode(box).tolist()
+
+
 def test_prompt_is_the_beginning_of_training(template):
     turns = [Turn("user", (0, "where?")), Turn("assistant", ("there",))]
     prompt = flat(template.prompt(turns))
