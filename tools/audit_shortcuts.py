@@ -272,14 +272,14 @@ def circular(bench: Benchmark, args: argparse.Namespace) -> None:
     write_result(result, args.out)
     extra = result.extra
     names = ("hard_circular", "soft_rows", "soft_groups", "vanilla", "consistency")
-    bars = "".join(
-        charts.bar_rows(name, [charts.Bar("", extra[name], None, charts.PALETTE[0])])
-        for name in names
-    )
+    scores = [charts.Bar(name, extra[name], None, charts.PALETTE[0]) for name in names]
     letters = [
         charts.Bar(x, share, None, charts.PALETTE[1]) for x, share in extra["letter_share"].items()
     ]
-    body = f'<div class="grid2">{bars}{charts.bar_rows("letters picked", letters)}</div>'
+    gallery = charts.Gallery()
+    plots = charts.bar_rows("circular scores", scores), charts.bar_rows("letters picked", letters)
+    body = f'<div class="grid2">{"".join(map(gallery.show, plots))}</div>'
+    gallery.write(args.out / "report_plots")
     print(", ".join(f"{name} {extra[name]:.1f}" for name in names))
     finish(args.out, f"Circular: {bench.spec.title}", dict(extra), body)
 

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("curves.html"))
     args = parser.parse_args(argv)
     try:
-        page = curves_page(args.runs)
+        page, gallery = curves_page(args.runs)
         rows = [
             [run.name, step["step"], key, step[key]]
             for run in args.runs
@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(page, encoding="utf-8")
+    gallery.write(args.out.with_name(f"{args.out.stem}_plots"))
     with args.out.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([["run", "step", "key", "value"], *rows])
     print(f"wrote {args.out}")

@@ -9,7 +9,7 @@ r"""Scores against data size, or against any config key: run or resume a sweep, 
 ``sweep.json`` keeps the state (pending, running, done, failed) of every point. ``run`` skips points that are done
 under the same configuration, continues stopped ones from their last checkpoint, and starts one at a time.
 Outputs: ``table.csv``, ``fits.csv``, ``scaling.html`` with one curve per benchmark (mean and standard error, fitted
-laws) and a table coloured from worst to best.
+laws) and a heat map coloured from worst to best, and ``scaling_plots/`` with every chart as PNG and CSV.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import hashlib
 import html
 import json
 import shlex
+import statistics
 import subprocess
 import sys
 from collections import defaultdict
@@ -272,38 +273,36 @@ def fit_all(rows: list[dict], items: dict, draws: int) -> tuple[list[dict], dict
 # ---------------------------------------------------------------------------------------------------------- page
 
 
-def heat_table(rows: list[dict]) -> str:
+def heat_map(rows: list[dict]) -> charts.Plot:
     """Means per benchmark and value, each row coloured from worst to best."""
     labels = list(dict.fromkeys(row["label"] for row in rows))
-    head = "".join(f"<th>{html.escape(label)}</th>" for label in labels)
-    body = ""
+    benchmarks = sorted({row["benchmark"] for row in rows})
+    values = []
+    for bench in benchmarks:
+        found = [
+            [r["value"] for r in rows if (r["benchmark"], r["label"]) == (bench, x)] for x in labels
+        ]
+        values.append([sum(part) / len(part) if part else None for part in found])
+    return charts.heat_map("Scores", benchmarks, labels, values)
+
+
+def rising(rows: list[dict]) -> str:
+    """Which benchmarks never fall with size, as a sentence."""
+    flags = {}
     for bench in sorted({row["benchmark"] for row in rows}):
-        means = {}
-        for label in labels:
-            values = [r["value"] for r in rows if r["benchmark"] == bench and r["label"] == label]
-            if values:
-                means[label] = sum(values) / len(values)
-        low, high = min(means.values()), max(means.values())
-        cells = ""
-        for label in labels:
-            if label not in means:
-                cells += "<td>–</td>"
-                continue
-            share = (means[label] - low) / (high - low) if high > low else 0.5
-            cells += f'<td style="background:rgba(0,114,178,{0.08 + 0.5 * share:.2f})">{means[label]:.1f}</td>'
         part = [r for r in rows if r["benchmark"] == bench and r["size"] is not None]
-        rising = (
-            is_monotone([r["size"] for r in part], [r["value"] for r in part]) if part else None
-        )
-        flag = {True: "yes", False: "no", None: "–"}[rising]
-        body += f"<tr><td>{html.escape(bench)}</td>{cells}<td>{flag}</td></tr>"
-    return f'<div class="scroll"><table><tr><th>benchmark</th>{head}<th>monotone</th></tr>{body}</table></div>'
+        if len({r["size"] for r in part}) > 1:
+            flags[bench] = is_monotone([r["size"] for r in part], [r["value"] for r in part])
+    if not flags:
+        return ""
+    names = ", ".join(bench for bench, flag in flags.items() if flag) or "none"
+    return f'<p class="note">Monotone (never falls with size): {html.escape(names)}.</p>'
 
 
-def curves(rows: list[dict], fits: dict, hold: str) -> str:
-    """One chart per benchmark: measured means, both laws."""
-    cards = ""
-    for bench in sorted({row["benchmark"] for row in rows}):
+def curves(rows: list[dict], fits: dict, hold: str) -> list[charts.Plot | None]:
+    """One chart per benchmark, means with standard errors and both laws; then all benchmarks together."""
+    plots, together = [], []
+    for number, bench in enumerate(sorted({row["benchmark"] for row in rows})):
         groups = defaultdict(list)
         for row in rows:
             if row["benchmark"] == bench and row["size"] is not None:
@@ -312,37 +311,42 @@ def curves(rows: list[dict], fits: dict, hold: str) -> str:
             continue
         sizes = sorted(groups)
         means = [sum(r["value"] for r in groups[s]) / len(groups[s]) for s in sizes]
-        series = [charts.Series("measured", sizes, means, charts.PALETTE[0])]
-        errors = [max((r["se"] or 0.0) for r in groups[s]) for s in sizes]
-        if any(errors):
-            series += [
-                charts.Series(
-                    f"{sign} SE",
-                    sizes,
-                    [m + k * e for m, e in zip(means, errors, strict=True)],
-                    charts.GREY,
-                )
-                for sign, k in (("+", 1), ("-", -1))
-            ]
-        grid = [sizes[0] + (sizes[-1] - sizes[0]) * k / 40 for k in range(41)]
-        for number, law in enumerate(LAWS):
+        errors = [noise(groups[s]) for s in sizes]
+        series = [charts.Series("mean ± SE", sizes, means, charts.PALETTE[0], errors)]
+        grid = [sizes[0] * (sizes[-1] / sizes[0]) ** (k / 40) for k in range(41)]
+        for index, law in enumerate(LAWS):
             if (bench, law) in fits:
                 fit = fits[bench, law]
-                label = f"{law} (R² {fit.r2:.2f})"
-                series.append(
-                    charts.Series(
-                        label, grid, [fit.predict(s) for s in grid], charts.PALETTE[1 + number]
-                    )
-                )
-        cards += charts.line_chart(f"{bench} ({hold})", series, "size", "score in %")
-    return f'<div class="grid2">{cards}</div>'
+                color = charts.PALETTE[1 + index]
+                values = [fit.predict(s) for s in grid]
+                series.append(charts.Series(f"{law} (R² {fit.r2:.2f})", grid, values, color))
+        title = f"{bench} ({hold})"
+        plots.append(charts.line_chart(title, series, "size", "score in %", log_x=True))
+        color = charts.PALETTE[number % len(charts.PALETTE)]
+        together.append(charts.Series(bench, sizes, means, color))
+    if len(together) > 1:
+        title = f"All benchmarks ({hold})"
+        plots.append(charts.line_chart(title, together, "size", "score in %", log_x=True))
+    return plots
+
+
+def noise(group: list[dict]) -> float:
+    """Standard error of a size: between its seeds where there are several, else over its items."""
+    values = [row["value"] for row in group]
+    if len(values) > 1:
+        return statistics.stdev(values) / len(values) ** 0.5
+    return group[0]["se"] or 0.0
 
 
 def write_page(path: Path, rows: list[dict], fits: dict, lines: list[dict], hold: str) -> None:
-    """Static page with curves, table and parameters; ``hold`` says what all points have in common."""
+    """Static page with curves, heat map and parameters, its charts beside it; ``hold`` says what all points have in common."""
     from importlib.resources import files
 
     style = files("spatialvlm.evaluation").joinpath("report.css").read_text(encoding="utf-8")
+    gallery = charts.Gallery()
+    figures = "".join(map(gallery.show, curves(rows, fits, hold)))
+    table = gallery.show(heat_map(rows))
+    gallery.write(path.with_name(f"{path.stem}_plots"))
     params = "".join(
         f"<tr><td>{html.escape(r['benchmark'])} {r['model']}</td><td>{r['param']}</td><td>{r['value']:.4g}</td>"
         f"<td>{charts.number(r['lo'], 3)} … {charts.number(r['hi'], 3)}</td><td>{r['r2']:.3f}</td></tr>"
@@ -352,7 +356,7 @@ def write_page(path: Path, rows: list[dict], fits: dict, lines: list[dict], hold
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width, initial-scale=1"><title>Sweep</title><style>{style}</style></head><body><main>'
         f"<h1>Sweep</h1><p class='sub'>{html.escape(hold)}</p>"
-        f"{curves(rows, fits, hold)}<h2>Scores</h2>{heat_table(rows)}"
+        f'<div class="grid2">{figures}</div><h2>Scores</h2>{table}{rising(rows)}'
         + (
             f'<h2>Fitted laws</h2><div class="scroll"><table><tr><th>law</th><th>parameter</th><th>value</th>'
             f"<th>95 % interval</th><th>R²</th></tr>{params}</table></div>"

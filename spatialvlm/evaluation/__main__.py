@@ -177,7 +177,9 @@ def main(arguments: list[str] | None = None) -> int:
     three.add_argument(
         "--baselines", nargs="*", default=[], help="further files of published numbers"
     )
-    three.add_argument("--samples", type=int, default=12)
+    three.add_argument(
+        "--samples", type=int, default=3, help="right, wrong and unparsed answers shown per task"
+    )
     three.add_argument("--title", default="")
     three.add_argument("--out", required=True)
     three.set_defaults(run=_report)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from spatialvlm.evaluation.charts import number
+from spatialvlm.evaluation.charts import Gallery, number
 from spatialvlm.evaluation.report_plots import diagnostics, plotted, training_curves
 from spatialvlm.evaluation.report_samples import pick_samples, reload_benchmark, sample_cards
 from spatialvlm.evaluation.report_tables import (
@@ -48,11 +48,12 @@ def build_page(
     *,
     training: Sequence[str | Path] = (),
     baselines: Sequence[Baseline] = (),
-    samples: int = 12,
+    samples: int = 3,
     title: str = "",
     side: int = 384,
-) -> str:
-    """The whole page as a string."""
+) -> tuple[str, Gallery]:
+    """The whole page as a string, and its charts."""
+    gallery = Gallery()
     body = [composite_table(benchmarks)]
     for name, runs in benchmarks.items():
         known = [b for b in baselines if b.benchmark == name]
@@ -76,11 +77,11 @@ def build_page(
         body.append(difference_table(runs))
         if known:
             body.append(
-                f"<h2>Beside published numbers</h2>{overall_bars(runs, known, partial=partial)}"
+                f"<h2>Beside published numbers</h2>{overall_bars(runs, known, gallery, partial=partial)}"
             )
-        body.append(f"<h2>Tasks</h2>{task_bars(runs, [] if partial else known)}")
+        body.append(f"<h2>Tasks</h2>{task_bars(runs, [] if partial else known, gallery)}")
         if name == next(iter(benchmarks)):
-            body.append(training_curves(training))
+            body.append(training_curves(training, gallery))
         if benchmark and samples:
             body.append("<h2>Sample answers, failures first</h2>")
             body.append(sample_cards(runs, benchmark, samples, side))
@@ -88,11 +89,11 @@ def build_page(
             body.append(
                 '<p class="note">No samples: the benchmark file named in the manifest is not here.</p>'
             )
-        body.append(f"<h2>Diagnostics</h2>{diagnostics(runs, benchmark)}")
+        body.append(f"<h2>Diagnostics</h2>{diagnostics(runs, benchmark, gallery)}")
     first = next(iter(benchmarks))
     heading = title or (f"Evaluation: {', '.join(benchmarks)}")
     labels = ", ".join(run.label for run in benchmarks[first])
-    return _page(heading, labels, "".join(body))
+    return _page(heading, labels, "".join(body)), gallery
 
 
 def _page(heading: str, subtitle: str, body: str) -> str:
@@ -106,10 +107,11 @@ def _page(heading: str, subtitle: str, body: str) -> str:
     )
 
 
-def curves_page(folders: Sequence[str | Path]) -> str:
-    """A page with the training curves of runs and nothing else."""
+def curves_page(folders: Sequence[str | Path]) -> tuple[str, Gallery]:
+    """A page with the training curves of runs and nothing else, and its charts."""
+    gallery = Gallery()
     names = ", ".join(Path(folder).name for folder in folders)
-    return _page("Training runs", names, training_curves(folders))
+    return _page("Training runs", names, training_curves(folders, gallery)), gallery
 
 
 def write_report(
@@ -118,10 +120,10 @@ def write_report(
     *,
     training: Sequence[str | Path] = (),
     extra_baselines: Sequence[str | Path] = (),
-    samples: int = 12,
+    samples: int = 3,
     title: str = "",
 ) -> dict[str, list[BenchRun]]:
-    """Write the page and a CSV of its task table beside it.
+    """Write the page, and beside it a CSV of its task table and ``<name>_plots`` with every chart as PNG and CSV.
 
     Pictures are made smaller, and said so, until the page is at most 25 MB.
 
@@ -132,9 +134,9 @@ def write_report(
     baselines = read_baselines(extra_baselines)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    page = ""
+    page, gallery = "", Gallery()
     for side in (384, 192, 96):
-        page = build_page(
+        page, gallery = build_page(
             benchmarks,
             training=training,
             baselines=baselines,
@@ -150,4 +152,5 @@ def write_report(
         )
     out.write_text(page, encoding="utf-8")
     write_task_csv(benchmarks, out.with_suffix(".csv"))
+    gallery.write(out.with_name(f"{out.stem}_plots"))
     return benchmarks

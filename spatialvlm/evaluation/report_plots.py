@@ -6,9 +6,10 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from spatialvlm.evaluation import charts
-from spatialvlm.evaluation.charts import PALETTE, Series, number
+from spatialvlm.evaluation.charts import PALETTE, Gallery, Plot, Series, number
 from spatialvlm.evaluation.report_tables import question_types
 from spatialvlm.evaluation.runs import BenchRun, read_metrics
 from spatialvlm.evaluation.schema import Benchmark
@@ -17,7 +18,7 @@ from spatialvlm.evaluation.structured import CELL_EDGES, CENTER_EDGES, YAW_EDGES
 esc = html.escape
 
 
-def diagnostics(runs: Sequence[BenchRun], benchmark: Benchmark | None) -> str:
+def diagnostics(runs: Sequence[BenchRun], benchmark: Benchmark | None, gallery: Gallery) -> str:
     """Unparsed answers per task, letter habits, numbers against gold, structured histograms."""
     parts = []
     unparsed = []
@@ -34,7 +35,9 @@ def diagnostics(runs: Sequence[BenchRun], benchmark: Benchmark | None) -> str:
         "<details><summary>Unparsed and truncated answers per task</summary>"
         f'<div class="scroll"><table><tr><th>task</th>{head}</tr>{"".join(unparsed)}</table></div></details>'
     )
-    figures = _letters(runs) + _numbers(runs, benchmark) + _structured(runs)
+    name = runs[0].result["benchmark"]
+    plots = [*_numbers(runs, benchmark), *_structured(runs)]
+    figures = _letters(runs) + "".join(gallery.show(plot, name) for plot in plots)
     if figures:
         parts.append(f'<div class="grid2">{figures}</div>')
     return "".join(parts)
@@ -64,11 +67,11 @@ def _letters(runs: Sequence[BenchRun]) -> str:
     return f"<figure><figcaption>Letters: share of gold and predicted answers in %</figcaption>{table}</figure>"
 
 
-def _numbers(runs: Sequence[BenchRun], benchmark: Benchmark | None) -> str:
+def _numbers(runs: Sequence[BenchRun], benchmark: Benchmark | None) -> list[Plot | None]:
     if benchmark is None:
-        return ""
+        return []
     kinds = {item.key: item.kind for item in benchmark.items}
-    body = ""
+    plots: list[Plot | None] = []
     for run in runs:
         pairs = [
             (float(i.gold), float(i.extracted))
@@ -77,9 +80,9 @@ def _numbers(runs: Sequence[BenchRun], benchmark: Benchmark | None) -> str:
             and not i.unparsed
             and i.extracted
         ]
-        if not pairs:
-            continue
-        body += charts.scatter_chart(f"Numbers: {run.label}", pairs, "gold", "predicted", run.color)
+        plots.append(
+            charts.scatter_chart(f"Numbers: {run.label}", pairs, "gold", "predicted", run.color)
+        )
     counts = []
     edges = [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, float("inf")]
     for run in runs:
@@ -92,11 +95,13 @@ def _numbers(runs: Sequence[BenchRun], benchmark: Benchmark | None) -> str:
             bins = [sum(lo <= e < hi for e in errors) for lo, hi in itertools.pairwise(edges)]
             counts.append((run.label, bins, run.color))
     if counts:
-        body += charts.histogram_chart("Relative error of numbers", edges, counts, "|p − t| / t")
-    return body
+        plots.append(
+            charts.histogram_chart("Relative error of numbers", edges, counts, "|p − t| / t")
+        )
+    return plots
 
 
-def _structured(runs: Sequence[BenchRun]) -> str:
+def _structured(runs: Sequence[BenchRun]) -> list[Plot]:
     """Cell errors, centre and yaw errors as histograms, like SSR's Figure 8."""
     wanted = (
         (
@@ -108,7 +113,7 @@ def _structured(runs: Sequence[BenchRun]) -> str:
         ("center_histogram", CENTER_EDGES, "Centre error of 7-DoF boxes", "metres"),
         ("yaw_histogram", YAW_EDGES, "Yaw error of 7-DoF boxes", "degrees"),
     )
-    body = ""
+    plots = []
     for key, edges, title, unit in wanted:
         counts = []
         for run in runs:
@@ -126,8 +131,8 @@ def _structured(runs: Sequence[BenchRun]) -> str:
             if key == "histogram" and (rival := _global_maps(run)):
                 counts.append((f"{run.label}, global maps", rival, charts.GREY))
         if counts:
-            body += charts.histogram_chart(title, edges, counts, unit)
-    return body
+            plots.append(charts.histogram_chart(title, edges, counts, unit))
+    return plots
 
 
 def _global_maps(run: BenchRun) -> list[int]:
@@ -138,39 +143,45 @@ def _global_maps(run: BenchRun) -> list[int]:
     return list(json.loads(path.read_text(encoding="utf-8"))["extra"]["histogram"])
 
 
-def training_curves(folders: Sequence[str | Path]) -> str:
+def training_curves(folders: Sequence[str | Path], gallery: Gallery) -> str:
     """Loss, learning rate per group, gradient norms and speed of training runs."""
     runs = [(Path(folder).name, read_metrics(folder)) for folder in folders]
     if not runs:
         return ""
 
-    def collect(prefix: str, *, exact: bool = False) -> list[Series]:
-        series: list[Series] = []
-        for run, (label, steps) in enumerate(runs):
-            keys = sorted(
-                {k for s in steps for k in s if (k == prefix if exact else k.startswith(prefix))}
-            )
-            for key in keys:
-                rows = [s for s in steps if isinstance(s.get(key), (int, float))]
-                name = label if exact else f"{label} {key.removeprefix(prefix)}"
-                color = PALETTE[(run if exact else len(series)) % len(PALETTE)]
-                series.append(
-                    Series(name, [s["step"] for s in rows], [s[key] for s in rows], color)
-                )
-        return series
+    def one_key(key: str) -> list[Series]:
+        """The same metric of every run."""
+        colors = itertools.cycle(PALETTE)
+        return [_series(steps, key, label, next(colors)) for label, steps in runs]
+
+    def one_run(steps: list[dict[str, Any]], prefix: str) -> list[Series]:
+        """All metrics of a run that start alike; the general ones if they are more than there are colours."""
+        keys = sorted({k for s in steps for k in s if k.startswith(prefix)})
+        if len(keys) > len(PALETTE):
+            keys = [key for key in keys if key.count("/") == prefix.count("/")]
+        colors = itertools.cycle(PALETTE)
+        return [_series(steps, key, key.removeprefix(prefix), next(colors)) for key in keys]
 
     cards = [
-        charts.line_chart("Training loss", collect("loss", exact=True), "step", "loss"),
-        charts.line_chart("Learning rate per group", collect("lr/"), "step", "learning rate"),
-        charts.line_chart(
-            "Gradient norm", collect("grad_norm/total", exact=True), "step", "norm", log_y=True
-        ),
-        charts.line_chart(
-            "Speed", collect("tokens_per_s", exact=True), "step", "tokens per second"
-        ),
-        charts.line_chart("Evaluation during training", collect("eval/"), "step", "value"),
+        charts.line_chart("Training loss", one_key("loss"), "step", "loss"),
+        charts.line_chart("Gradient norm", one_key("grad_norm/total"), "step", "norm", log_y=True),
+        charts.line_chart("Speed", one_key("tokens_per_s"), "step", "tokens per second"),
     ]
-    return f'<h2>Training</h2><div class="grid2">{"".join(cards)}</div>'
+    for prefix, title, unit in (
+        ("lr/", "Learning rate per group", "learning rate"),
+        ("eval/", "Evaluation during training", "value"),
+    ):
+        cards += [
+            charts.line_chart(f"{title}: {label}", one_run(steps, prefix), "step", unit)
+            for label, steps in runs
+        ]
+    figures = "".join(gallery.show(plot, "training") for plot in cards)
+    return f'<h2>Training</h2><div class="grid2">{figures}</div>'
+
+
+def _series(steps: list[dict[str, Any]], key: str, label: str, color: str) -> Series:
+    rows = [s for s in steps if isinstance(s.get(key), (int, float))]
+    return Series(label, [s["step"] for s in rows], [s[key] for s in rows], color)
 
 
 def plotted(key: str) -> bool:

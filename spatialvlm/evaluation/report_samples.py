@@ -18,36 +18,33 @@ from spatialvlm.evaluation.thumbnails import tiles
 esc = html.escape
 
 
-def pick_samples(items: Sequence[ItemRow], count: int, seed: int = 0) -> list[ItemRow]:
-    """A seeded choice over tasks: unparsed and wrong answers first, then right ones.
+STATES = ("unparsed", "wrong", "right")
 
-    Two thirds are failures where there are that many.
+
+def state_of(row: ItemRow) -> str:
+    """``unparsed``, ``wrong`` or ``right`` (a score of at least one half)."""
+    if row.unparsed:
+        return "unparsed"
+    return "right" if row.score >= 0.5 else "wrong"
+
+
+def pick_samples(items: Sequence[ItemRow], count: int, seed: int = 0) -> dict[str, list[ItemRow]]:
+    """A seeded choice of at most ``count`` unparsed, wrong and right answers per task.
+
+    Returns:
+        Task -> its answers, failures first; the task with the lowest mean score comes first.
     """
-    rng = random.Random(seed)
-    pools: dict[str, dict[str, list[ItemRow]]] = {
-        "fail": defaultdict(list),
-        "right": defaultdict(list),
-    }
+    tasks: dict[str, list[ItemRow]] = defaultdict(list)
     for item in items:
-        pools["right" if item.score >= 0.5 and not item.unparsed else "fail"][
-            item.question_type
-        ].append(item)
-
-    def draw(pool: dict[str, list[ItemRow]], wanted: int) -> list[ItemRow]:
-        queues = [rng.sample(part, len(part)) for _, part in sorted(pool.items())]
-        for queue in queues:
-            queue.sort(key=lambda item: not item.unparsed)
-        chosen: list[ItemRow] = []
-        while len(chosen) < wanted and any(queues):
-            for queue in queues:
-                if queue and len(chosen) < wanted:
-                    chosen.append(queue.pop(0))
-        return chosen
-
-    total_right = sum(map(len, pools["right"].values()))
-    failures = draw(pools["fail"], max(count - min(total_right, count // 3), 0))
-    right = draw(pools["right"], count - len(failures))
-    return sorted(failures, key=lambda item: not item.unparsed) + right
+        tasks[item.question_type].append(item)
+    rng = random.Random(seed)
+    chosen: dict[str, list[ItemRow]] = {}
+    for name in sorted(tasks, key=lambda t: (sum(i.score for i in tasks[t]) / len(tasks[t]), t)):
+        pools: dict[str, list[ItemRow]] = {state: [] for state in STATES}
+        for item in tasks[name]:
+            pools[state_of(item)].append(item)
+        chosen[name] = [x for s in STATES for x in rng.sample(pools[s], min(count, len(pools[s])))]
+    return chosen
 
 
 def _verdict(row: ItemRow) -> str:
@@ -69,43 +66,61 @@ def _gold_text(gold: str) -> str:
 
 
 def sample_cards(runs: Sequence[BenchRun], benchmark: Benchmark, count: int, side: int) -> str:
-    """Questions with pictures and every run's answer; failures of the last sighted run first."""
+    """Per task: questions with pictures and every run's answer; failures of the last sighted run first.
+
+    Tasks fold; those with the lowest scores come first, the first three are open.
+    """
     main = next((run for run in reversed(runs) if not run.blind), runs[-1])
     by_key: dict[tuple[str, str], Item] = {item.key: item for item in benchmark.items}
     tables = {run.label: {(i.id, i.variant): i for i in run.items()} for run in runs}
     texts = {run.label: run.texts() for run in runs}
-    cards = []
-    for picked in pick_samples(main.items(), count):
+
+    def answers(picked: ItemRow) -> str:
         key = picked.id, picked.variant
-        item = by_key.get(key)
-        if item is None:
-            continue
-        state = "unparsed" if picked.unparsed else ("right" if picked.score >= 0.5 else "wrong")
-        answers = ""
+        lines = f'<tr><td>gold</td><td>{esc(_gold_text(picked.gold))}</td><td class="verdict"></td></tr>'
         for run in runs:
             row = tables[run.label].get(key)
             if row is not None:
                 said = texts[run.label].get(key, row.extracted)
-                answers += (
+                lines += (
                     f'<tr><td><span class="swatch" style="background:{run.color}"></span>{esc(run.label)}</td>'
                     f"<td>{esc(said[:400]) or '<i>empty</i>'}</td><td class='verdict'>{_verdict(row)}</td></tr>"
                 )
-        try:
-            prompt = prompt_text(item, benchmark.spec, main.result["protocol"])
-            media = item_media(item.row, benchmark.spec)
-        except DataError as error:
-            prompt, media = f"[{error}]", ()
-        marks = benchmark.spec.marks(item.row) if benchmark.spec.marks else []
-        prompt = prompt.replace("<image>", "").replace("<video>", "").strip()
-        cards.append(
-            f'<article class="sample {state}"><div class="head"><span>{esc(picked.question_type)}</span>'
-            f"<span>{esc(picked.cluster)}</span></div>"
-            f"{tiles(media, benchmark.media_root, side=side, marks=marks)}"
-            f"<pre>{esc(prompt[:1500])}</pre>"
-            f'<table class="answers"><tr><td>gold</td><td>{esc(_gold_text(picked.gold))}</td><td class="verdict"></td></tr>{answers}</table>'
-            "</article>"
+        return f'<table class="answers">{lines}</table>'
+
+    parts = []
+    for task, rows in pick_samples(main.items(), count).items():
+        cards = "".join(
+            _card(picked, item, benchmark, main.result["protocol"], side, answers(picked))
+            for picked in rows
+            if (item := by_key.get((picked.id, picked.variant)))
         )
-    return f'<div class="samples">{"".join(cards)}</div>'
+        row = main.result["per_type"][task]
+        head = f"{esc(task)} <small>{number(row['value'])} of 100, n {row['n']}</small>"
+        opened = " open" if len(parts) < 3 else ""
+        parts.append(
+            f'<details{opened}><summary>{head}</summary><div class="samples">{cards}</div></details>'
+        )
+    return "".join(parts)
+
+
+def _card(
+    picked: ItemRow, item: Item, benchmark: Benchmark, protocol: str, side: int, answers: str
+) -> str:
+    """One question with its pictures, marks and answers."""
+    try:
+        prompt = prompt_text(item, benchmark.spec, protocol)
+        media = item_media(item.row, benchmark.spec)
+    except DataError as error:
+        prompt, media = f"[{error}]", ()
+    marks = benchmark.spec.marks(item.row) if benchmark.spec.marks else []
+    prompt = prompt.replace("<image>", "").replace("<video>", "").strip()
+    return (
+        f'<article class="sample {state_of(picked)}"><div class="head"><span>{esc(picked.question_type)}</span>'
+        f"<span>{esc(picked.cluster)}</span></div>"
+        f"{tiles(media, benchmark.media_root, side=side, marks=marks)}"
+        f"<pre>{esc(prompt[:1500])}</pre>{answers}</article>"
+    )
 
 
 def reload_benchmark(run: BenchRun) -> Benchmark | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spatialvlm.evaluation import charts
-from spatialvlm.evaluation.charts import GREY, Bar, number
+from spatialvlm.evaluation.charts import GREY, Bar, Gallery, number
 from spatialvlm.evaluation.metrics import composite
 from spatialvlm.evaluation.runs import BenchRun, paired_macro
 
@@ -161,7 +161,7 @@ def difference_table(runs: Sequence[BenchRun]) -> str:
     return f'<h2>Paired differences</h2><div class="scroll"><table>{head}{"".join(lines)}</table></div>'
 
 
-def task_bars(runs: Sequence[BenchRun], baselines: Sequence[Baseline]) -> str:
+def task_bars(runs: Sequence[BenchRun], baselines: Sequence[Baseline], gallery: Gallery) -> str:
     """One small bar chart per question type."""
     chance = runs[0].result.get("chance", {}).get("per_type", {})
     cards = []
@@ -177,11 +177,13 @@ def task_bars(runs: Sequence[BenchRun], baselines: Sequence[Baseline]) -> str:
             if name in b.per_task
         ]
         bars.append(Bar("chance", chance.get(name)))
-        cards.append(charts.bar_rows(name, bars))
+        cards.append(gallery.show(charts.bar_rows(name, bars), runs[0].result["benchmark"]))
     return f'<div class="grid2">{"".join(cards)}</div>'
 
 
-def overall_bars(runs: Sequence[BenchRun], baselines: Sequence[Baseline], *, partial: bool) -> str:
+def overall_bars(
+    runs: Sequence[BenchRun], baselines: Sequence[Baseline], gallery: Gallery, *, partial: bool
+) -> str:
     """The headline of every run, chance, and published numbers."""
     bars = [
         Bar(r.label, r.result["headline"]["value"], r.result["headline"]["se"], r.color)
@@ -200,7 +202,8 @@ def overall_bars(runs: Sequence[BenchRun], baselines: Sequence[Baseline], *, par
             notes.insert(0, "* hollow: protocol or number of frames not stated by the source")
     listed = "".join(f'<p class="note">{esc(note)}</p>' for note in notes)
     folded = f"<details><summary>Sources</summary>{listed}</details>" if len(notes) > 2 else listed
-    return charts.bar_rows(runs[0].result["headline"]["name"], bars) + folded
+    plot = charts.bar_rows(runs[0].result["headline"]["name"], bars)
+    return gallery.show(plot, runs[0].result["benchmark"]) + folded
 
 
 def run_cards(runs: Sequence[BenchRun]) -> str:

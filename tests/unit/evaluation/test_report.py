@@ -12,6 +12,7 @@ from spatialvlm.evaluation import charts
 from spatialvlm.evaluation.predictions import Prediction, write_predictions
 from spatialvlm.evaluation.registry import load_benchmark
 from spatialvlm.evaluation.report import pick_samples, read_baselines, text_table, write_report
+from spatialvlm.evaluation.report_samples import state_of
 from spatialvlm.evaluation.runs import paired_macro, read_metrics, read_runs
 from spatialvlm.evaluation.scoring import score, write_result
 from tests.unit.evaluation.test_golden import scored
@@ -133,9 +134,12 @@ def test_the_page_has_all_parts(page):
     ):
         assert part in text, part
     assert text.count("data:image/jpeg;base64,") >= 4
-    assert text.count('<article class="sample') == 12
-    first_right = text.find('class="sample right"')
-    assert text.rfind('class="sample wrong"') < first_right
+    tasks = re.findall(r"<details[^>]*><summary>(\w+) <small>.*?</details>", text, re.DOTALL)
+    assert sorted(tasks) == ["ssr_lcm", "task_mcq", "task_number", "task_yesno"]
+    for part in re.findall(r'<div class="samples">.*?</div></details>', text, re.DOTALL):
+        states = re.findall(r'<article class="sample (\w+)"', part)
+        assert states == sorted(states, key=["unparsed", "wrong", "right"].index)
+        assert max(states.count(state) for state in set(states)) <= 3
     table = out.with_suffix(".csv").read_text().splitlines()
     assert table[0] == "benchmark,run,task,value,se,n,unparsed_rate,chance"
     assert len(table) == 1 + 3 * 4
@@ -208,12 +212,17 @@ def test_report_without_the_benchmark_file(runs, tmp_path):
 
 def test_samples_are_seeded_and_failures_first(runs):
     items = read_runs(runs[0])["spatialvlm_rows"][1].items()
-    chosen = pick_samples(items, 12)
-    assert chosen == pick_samples(items, 12)
-    fails = [item.unparsed or item.score < 0.5 for item in chosen]
-    assert fails == sorted(fails, reverse=True)
-    assert len({item.question_type for item in chosen}) == 4
-    assert len(pick_samples(items, 1000)) == len(items)
+    chosen = pick_samples(items, 3)
+    assert chosen == pick_samples(items, 3) != pick_samples(items, 3, seed=1)
+    assert len(chosen) == 4
+    states = [[state_of(item) for item in part] for part in chosen.values()]
+    assert {state for part in states for state in part} == {"unparsed", "wrong", "right"}
+    for part in states:
+        assert part == sorted(part, key=["unparsed", "wrong", "right"].index)
+        assert all(part.count(state) <= 3 for state in part)
+    means = [np.mean([i.score for i in items if i.question_type == task]) for task in chosen]
+    assert means == sorted(means)  # the hardest task first
+    assert sum(map(len, pick_samples(items, 1000).values())) == len(items)
 
 
 def test_baselines_name_their_source():
@@ -234,14 +243,58 @@ def test_ticks(low, high, expected):
 
 
 def test_charts_leave_out_what_cannot_be_drawn():
-    assert charts.line_chart("t", [charts.Series("a", [1], [float("nan")], "#000")], "x", "y") == ""
+    nothing = charts.Series("a", [1], [float("nan")], "#000000")
+    assert charts.line_chart("t", [nothing], "x", "y") is None
+    assert charts.scatter_chart("t", [(0, 1)], "x", "y", "#000000") is None
     assert charts.line_chart(
         "t", [charts.Series("a", [1, 2], [0.0, 1.0], "#000")], "x", "y", log_y=True
     )
-    rows = charts.bar_rows("t", [charts.Bar("a", None), charts.Bar("b", 50.0, 2.0)])
+    rows = charts.bar_rows("t", [charts.Bar("a", None), charts.Bar("b", 50.0, 2.0)]).html
     assert rows.count('class="bar"') == 1
     assert "50.0 ± 2.0" in rows
     assert charts.number(float("nan")) == "–"
+
+
+def test_every_chart_is_also_a_picture_and_a_table(page, runs, tmp_path):
+    out, text, _ = page
+    folder = out.with_name("report_plots")
+    names = sorted(path.stem for path in folder.glob("*.png"))
+    assert names == sorted(path.stem for path in folder.glob("*.csv"))
+    shown = (
+        text.count("<figcaption>") - text.count("<figcaption>Letters") + text.count('class="bars"')
+    )
+    assert len(names) == shown
+    for path in folder.glob("*.png"):
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("L"))
+        assert min(pixels.shape) > 80
+        assert pixels.min() < 100, path
+        assert pixels[0].min() == 255, path  # nothing is cut off at the upper edge
+    (curve,) = folder.glob("*training_loss.csv")
+    lines = curve.read_text().splitlines()
+    assert lines[:2] == ["series,step,loss,se", "train,0,3.0,"]
+    assert len(lines) == 31
+    (bars,) = (path for path in folder.glob("*task_yesno.csv"))
+    assert bars.read_text().splitlines()[0] == "label,value,se"
+    write_report([runs[0][0]], out.with_name("report.html"))  # fewer charts: no old ones stay
+    assert len(list(folder.glob("*.png"))) < len(names)
+
+
+def test_a_picture_shows_what_the_page_shows(tmp_path):
+    """Bars and points lie where their numbers say, in the right colour."""
+    plot = charts.bar_rows("t", [charts.Bar("a", 50.0, None, "#0072B2")])
+    plot.drawing.png(tmp_path / "bar.png")
+    with Image.open(tmp_path / "bar.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    blue = (abs(pixels - (0x00, 0x72, 0xB2)).sum(-1) < 12).sum(1).max()
+    assert blue == pytest.approx(0.5 * 2 * (560 - 150 - 110), abs=4)
+    series = charts.Series("a", [1, 10, 100], [1.0, 2.0, 3.0], "#D55E00", [0.5, 0.5, 0.5])
+    plot = charts.line_chart("t", [series], "x", "y", log_x=True)
+    assert plot.html.count("<circle") == 3
+    assert [row[3] for row in plot.rows] == [0.5] * 3
+    middle = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', plot.html)
+    steps = np.diff([[float(v) for v in pair] for pair in middle], axis=0)
+    assert steps[0] == pytest.approx(steps[1], abs=0.2)  # equal factors are equal distances
 
 
 def test_training_curves_alone(runs, tmp_path):
@@ -253,6 +306,7 @@ def test_training_curves_alone(runs, tmp_path):
     ]
     assert tool([str(runs[1]), "--out", str(tmp_path / "c.html")]) == 0
     assert "Learning rate per group" in (tmp_path / "c.html").read_text()
+    assert len(list((tmp_path / "c_plots").glob("*.png"))) == 3
     lines = (tmp_path / "c.csv").read_text().splitlines()
     assert lines[0] == "run,step,key,value"
     assert len(lines) == 1 + 30 * 3

@@ -214,7 +214,7 @@ def test_an_interrupted_sweep_continues(tool, tmp_path, capsys):
     tool.write_page(tmp_path / "page.html", rows, fits, lines, "same epochs")
     page = (tmp_path / "page.html").read_text()
     assert "bench (same epochs)" in page
-    assert "<td>yes</td>" in page
+    assert "Monotone (never falls with size): bench." in page
 
 
 def test_dry_run_prints_commands(tool, tmp_path, capsys):
@@ -263,6 +263,7 @@ def test_numbers_from_elsewhere(tool, tmp_path, capsys):
         "table.csv",
         "fits.csv",
         "scaling.html",
+        "scaling_plots",
     }
     assert tool.main([*base, "--predict", "1000"]) == 1
     assert "--extrapolate" in capsys.readouterr().err
