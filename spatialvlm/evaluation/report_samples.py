@@ -88,7 +88,7 @@ def sample_cards(runs: Sequence[BenchRun], benchmark: Benchmark, count: int, sid
                 )
         return f'<table class="answers">{lines}</table>'
 
-    parts = []
+    parts: list[str] = []
     for task, rows in pick_samples(main.items(), count).items():
         cards = "".join(
             _card(picked, item, benchmark, main.result["protocol"], side, answers(picked))

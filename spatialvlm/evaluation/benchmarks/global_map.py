@@ -1,10 +1,12 @@
 """Global cognitive maps: the usual rival of LocalCogMap, all objects of a room on one 10 x 10 grid.
 
 File rows are ``{id, scene, gt_map, prediction}`` with ``gt_map`` = object name -> list of cells. An answer is JSON of
-the same form, alone or between ``<map>`` and ``</map>``; one cell may stand for a list of one. Errors are distances in
-cells, so reports draw them in the histogram of LocalCogMap.
+the same form, a Python dictionary (the form VSI-Bench's cognitive-map prompt asks for, arXiv 2412.14171), or lines
+``name: (x, y), (x, y)``; alone or between ``<map>`` and ``</map>``. One cell may stand for a list of one. Errors are
+distances in cells, so reports draw them in the histogram of LocalCogMap.
 """
 
+import ast
 import json
 import math
 import re
@@ -30,12 +32,12 @@ Cells = list[tuple[float, float]]
 
 def _cells(value: Any) -> Cells | None:
     """One ``[x, y]`` or a list of them; ``None`` for anything else."""
-    if not isinstance(value, list):
+    if not isinstance(value, list | tuple):
         return None
-    pairs = [value] if value and not isinstance(value[0], list) else value
+    pairs = [value] if value and not isinstance(value[0], list | tuple) else value
     cells: Cells = []
     for pair in pairs:
-        if not isinstance(pair, list) or len(pair) != 2:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
             return None
         if not all(type(v) in (int, float) and math.isfinite(v) for v in pair):
             return None
@@ -43,21 +45,39 @@ def _cells(value: Any) -> Cells | None:
     return cells
 
 
+_LINE = re.compile(
+    r"^[ \t*•-]*['\"]?([^\W\d_][^:()\[\]'\"\n]*)['\"]?[ \t]*:[ \t]*([\[(].*)$", re.MULTILINE
+)
+_PAIR = re.compile(r"[\[(]\s*(-?\d+(?:\.\d+)?)\s*,\s*(-?\d+(?:\.\d+)?)\s*[\])]")
+
+
+def _read(body: str) -> Any:
+    """The dictionary in a text, else the one its lines spell; ``None`` for neither."""
+    literal = body[body.find("{") : body.rfind("}") + 1]
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(literal)
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+    found: dict[str, list[list[float]]] = {}
+    for name, cells in _LINE.findall(body):
+        pairs = [[float(x), float(y)] for x, y in _PAIR.findall(cells)]
+        if pairs:
+            found.setdefault(name, []).extend(pairs)
+    return found
+
+
 def parse_map(text: str) -> dict[str, Cells] | None:
     """Cells by lower-case object name, ``None`` if the answer holds no readable map."""
     text = text.rpartition("</think>")[2]
     tagged = re.search(r"<map>(.*?)</map>", text, re.DOTALL)
-    body = tagged.group(1) if tagged else text[text.find("{") : text.rfind("}") + 1]
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
+    content = _read(tagged.group(1) if tagged else text)
     if not isinstance(content, dict) or not content:
         return None
     found: dict[str, Cells] = {}
     for name, value in content.items():
         cells = _cells(value)
-        if cells is None:
+        if cells is None or not isinstance(name, str):
             return None
         found.setdefault(name.strip().lower(), []).extend(cells)
     return found

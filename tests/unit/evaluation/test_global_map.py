@@ -24,6 +24,17 @@ def item(gold=GOLD):
         ('<map>{"table":[[0,3],[5,7]]}</map>', {"table": [(0, 3), (5, 7)]}),
         ('<think>{"a":[1,1]}</think> Here: {"Table ": [4, 2.5]}.', {"table": [(4, 2.5)]}),
         ('{"a": []}', {"a": []}),
+        (
+            "```python\n{'Table': [(0, 3), (5, 7)], 'tv': (1, 1)}\n```",
+            {"table": [(0, 3), (5, 7)], "tv": [(1, 1)]},
+        ),
+        (
+            "The map:\n- table: (0, 3), [5, 7]\n* 'Office chair' : (1, 2.5)\n",
+            {"table": [(0, 3), (5, 7)], "office chair": [(1, 2.5)]},
+        ),
+        ("<map>table: (0, 3)\ntable: (1, 1)</map> lamp: (2, 2)", {"table": [(0, 3), (1, 1)]}),
+        ("{1: [2, 3]}", None),
+        ("distance: 3", None),
         ('{"a": [1, 2, 3]}', None),
         ('{"a": [[1, NaN]]}', None),
         ('{"a": [true, 1]}', None),
