@@ -7,9 +7,12 @@ a few floats, so 1e-12 admits only another order of summation; choices must be e
 import numpy as np
 import pytest
 
+from spatialvlm.evaluation import extract
+from spatialvlm.evaluation.benchmarks.circular import dsr_summary, mmsi_variants
 from spatialvlm.evaluation.benchmarks.vsi import vsi_path
-from spatialvlm.evaluation.metrics import estimate
-from tests.unit.evaluation.test_golden import CHOICE_COLUMNS, aggregate, rows, scored
+from spatialvlm.evaluation.metrics import estimate, mra
+from tests.unit.evaluation import test_seed_tables as papers
+from tests.unit.evaluation.test_golden import CHOICE_COLUMNS, STRUCTURED, aggregate, rows, scored
 
 pytestmark = pytest.mark.parity
 
@@ -44,6 +47,88 @@ def test_extractors(column, record):
             options = dict(zip("ABCDEFGH", row["choices"][: row["n_options"]], strict=False))
             different += CHOICE_COLUMNS[column](row["text"], options) != (row[column] or None)
     record("scorers", f"extractor {column}, answers that differ", different, 0, "its scorer")
+
+
+NUMBER_COLUMNS = {
+    "official": extract.float_first_word,
+    "lmms": extract.first_number_or_words,
+    "easi": extract.last_number,
+}
+
+
+@pytest.mark.parametrize("column", NUMBER_COLUMNS)
+def test_numbers(column, record):
+    data = [row for name in ("num_edges", "num_extractors") for row in rows(name)]
+    different = sum(NUMBER_COLUMNS[column](row["text"]) != row[column] for row in data)
+    record("scorers", f"numbers {column}, answers that differ", different, 0, "its scorer")
+
+
+def test_mean_relative_accuracy(record):
+    data = rows("mra")
+    predicted, target = ([row[key] for row in data] for key in ("pred", "target"))
+    for column, signed, reference in (
+        ("mra", True, "VSI-Bench scorer"),
+        ("mra_easi", False, "EASI"),
+    ):
+        found = mra(predicted, target, signed=signed)
+        worst = max(abs(found - [row[column] for row in data]))
+        record("scorers", f"mean relative accuracy, {column}", worst, 0, reference)
+
+
+def test_chance_adjusted_accuracy(record):
+    """Unreadable answers are left to chance upstream; here they count as wrong, or as 1/k."""
+    for policy in ("wrong", "expected"):
+        result = scored("site", "site_official", "official", unparsed=policy)
+        golden = aggregate("site_official")[f"unparsed_{policy}"]["overall"]["caa"]
+        error = abs(result.headline["value"] - golden)
+        record(
+            "scorers", f"site, unparsed {policy}: CAA (points)", error, 1e-9, "SITE-Bench scorer"
+        )
+
+
+def test_groups_and_variants(record):
+    data, golden = rows("3dsrbench"), aggregate("3dsrbench")
+    found, _ = dsr_summary(*([row[key] for row in data] for key in ("qid", "hit", "category")))
+    worst = max(abs(value.value - golden[name]) for name, value in found.items())
+    record("scorers", "dsr3: vanilla, flip, circular (points)", worst, 1e-9, "3DSRBench scorer")
+    different = sum(
+        mmsi_variants({key: row[key] for key in ("index", "question", "answer")}) != row["variants"]
+        for row in rows("mmsi_circular")
+    )
+    record("scorers", "mmsi, circular variants that differ", different, 0, "published files")
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_structured_answers(name, record):
+    result, golden = scored(name, name, "official"), aggregate(name)
+    worst = 0.0
+    for row, s in zip(rows(name), result.scored, strict=True):
+        for column, key in STRUCTURED[name][1].items():
+            if row[column] is not None and key in s.verdict.details:
+                worst = max(worst, abs(s.verdict.details[key] - row[column]))
+    record("scorers", f"{name}: items", worst, 1e-12, "reference arithmetic")
+    numbers = [key for key, value in golden.items() if isinstance(value, float)]
+    worst = max(abs(result.extra[key] - golden[key]) for key in numbers)
+    record("scorers", f"{name}: aggregates", worst, 1e-9, "reference arithmetic")
+
+
+@pytest.mark.parametrize(
+    ("table", "source"),
+    [("vsi", "SSR, Tables 2 and 3"), ("intern", "InternSpatial-Bench"), ("vsi7", "InternSpatial, VSI-Bench"),
+     ("3d", "OpenSpatial, Tables 1, 4, 5")],
+)  # fmt: skip
+def test_printed_averages(table, source, record):
+    """Columns are printed to 0.1, so a printed mean may differ by 0.1; the three known misprints must differ by more."""
+    gaps = {
+        name: abs(papers.nested_mean(table, columns) - printed)
+        for kind, name, columns, _, printed in papers.rows()
+        if kind == table
+    }
+    misprints = {name for kind, name in papers.INCONSISTENT if kind == table}
+    assert all((gap > 0.10) == (name in misprints) for name, gap in gaps.items())
+    consistent = [gap for name, gap in gaps.items() if name not in misprints]
+    feature = f"{source}: {len(consistent)} printed averages (points)"
+    record("scorers", feature, max(consistent), 0.10, "the paper")
 
 
 def test_clustered_error_against_a_bootstrap(record):
