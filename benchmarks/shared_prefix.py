@@ -6,8 +6,9 @@
     python benchmarks/shared_prefix.py --device cuda --attention tree_flex --dtype bfloat16 --prefix 250 1000 4000
 
 K questions of about --branch tokens ask about the same video of P visual tokens. Measured is forward plus backward of all
-parameters, vision encoder included: once as one pack with a shared prefix, once as K packs. "limit" is the ratio of
-predicted FLOPs, "of limit" how much of it arrived. ``--mix`` trains on files instead: clips with 8 questions each, 1:1 with general rows (half text-only of 60-500 words, half with
+parameters, vision encoder included: once as one pack with a shared prefix, once as K packs; K separate samples are K times the
+median of all separate samples, which are equally long. "limit" is the ratio of predicted FLOPs, "of limit" how much of it
+arrived. The default takes three minutes on an idle core. ``--mix`` trains on files instead: clips with 8 questions each, 1:1 with general rows (half text-only of 60-500 words, half with
 one image), from reading to gradients, once with shared prefixes and once with ``compute: separate`` on the same samples.
 CPU seconds (``process_time``) on a CPU, wall seconds on a GPU;
 A and B alternate. Gradients of both are compared.
@@ -16,6 +17,7 @@ A and B alternate. Gradients of both are compared.
 import argparse
 import json
 import platform
+import statistics
 import tempfile
 import time
 from dataclasses import dataclass
@@ -55,7 +57,7 @@ def main() -> None:
         "--family", default="qwen2_5vl", choices=["qwen2_5vl", "qwen3vl", "internvl3"]
     )
     parser.add_argument("--k", type=int, nargs="+", default=[2, 4, 8, 16])
-    parser.add_argument("--prefix", type=int, nargs="+", default=[250, 1000])
+    parser.add_argument("--prefix", type=int, nargs="+", default=[250, 1000, 4000])
     parser.add_argument(
         "--branch", type=int, default=50, help="tokens per question with its answer"
     )
@@ -80,12 +82,12 @@ def main() -> None:
     print(f"{'K':>3} {'P':>5} {'separate s':>11} {'shared s':>9} {'speed-up':>8} {'limit':>6} {'of limit':>8} "
           f"{'vision':>7} {'language':>8} {'gradient':>9}")  # fmt: skip
     for prefix in args.prefix:
-        for k in args.k:
-            row = compare(kit, k, prefix, args.branch, args.repeats)
+        for row in compare(kit, sorted(args.k), prefix, args.branch, args.repeats):
             results.append(row)
-            print(f"{k:3} {row['prefix_tokens']:5} {row['separate_s']:11.3f} {row['shared_s']:9.3f} "
+            print(f"{row['k']:3} {row['prefix_tokens']:5} {row['separate_s']:11.3f} {row['shared_s']:9.3f} "
                   f"{row['speedup']:7.2f}x {row['limit']:5.2f}x {100 * row['of_limit']:7.1f}% "
-                  f"{row['vision_speedup']:6.2f}x {row['language_speedup']:7.2f}x {row['gradient_difference']:9.1e}")  # fmt: skip
+                  f"{row['vision_speedup']:6.2f}x {row['language_speedup']:7.2f}x {row['gradient_difference']:9.1e}",
+                  flush=True)  # fmt: skip
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         machine = {
@@ -121,50 +123,56 @@ def make_kit(args: argparse.Namespace) -> Kit:
     return Kit(model, ChatTemplate.from_checkpoint(folder), policy, build_layout(folder), device)
 
 
-def compare(kit: Kit, k: int, prefix: int, branch: int, repeats: int) -> dict[str, Any]:
-    """Time and gradients of both ways."""
-    samples = make_samples(kit, k, prefix, branch)
-    shared = [pack(kit, samples, [tuple(range(k))])]
+def compare(
+    kit: Kit, ks: list[int], prefix: int, branch: int, repeats: int
+) -> list[dict[str, Any]]:
+    """Time and gradients of both ways; shared packs are timed between the separate samples."""
+    samples = make_samples(kit, max(ks), prefix, branch)
     separate = [pack(kit, [sample], [(0,)]) for sample in samples]
-    times: dict[str, list[float]] = {
-        "shared": [],
-        "separate": [],
-        "vision_shared": [],
-        "vision_separate": [],
-    }
-    for repeat in range(repeats + 1):  # the first round warms up
-        for name, batches in (("separate", separate), ("shared", shared)):
-            total, vision = step(kit, batches), vision_step(kit, batches)
-            if repeat:
-                times[name].append(total)
-                times[f"vision_{name}"].append(vision)
-    best = {name: min(values) for name, values in times.items()}
-    _, a = gradients(kit, shared)
-    _, b = gradients(kit, separate)
-    limit = flops(kit, separate) / flops(kit, shared)
-    speedup = best["separate"] / best["shared"]
-    language = {n: best[n] - best[f"vision_{n}"] for n in ("shared", "separate")}
+    shared = {k: pack(kit, samples[:k], [tuple(range(k))]) for k in ks}
+    differences: dict[int, float] = {}
+    alone: list[Seconds] = []
+    together: dict[int, list[Seconds]] = {k: [] for k in ks}
+    step(kit, separate[0])  # warms up
+    for repeat in range(repeats):
+        expected = torch.zeros(())
+        kit.model.zero_grad(set_to_none=True)
+        for number, batch in enumerate(separate, 1):
+            alone.append(step(kit, batch))
+            if number not in together:
+                continue
+            if not repeat:
+                expected = expected + gradient(kit)
+            kit.model.zero_grad(set_to_none=True)
+            together[number].append(step(kit, shared[number]))
+            if not repeat:
+                differences[number] = float((gradient(kit) - expected).norm() / expected.norm())
+            kit.model.zero_grad(set_to_none=True)
     encoded = samples[0].encoded
-    return {
-        "k": k,
-        "prefix_tokens": encoded.prefix_len,
-        "branch_tokens": len(encoded.input_ids) - encoded.prefix_len,
-        "separate_s": best["separate"],
-        "shared_s": best["shared"],
-        "speedup": speedup,
-        "limit": limit,
-        "of_limit": speedup / limit,
-        "token_limit": k
-        * len(encoded.input_ids)
-        / (
-            encoded.prefix_len + sum(len(s.encoded.input_ids) - encoded.prefix_len for s in samples)
-        ),
-        "vision_separate_s": best["vision_separate"],
-        "vision_shared_s": best["vision_shared"],
-        "vision_speedup": best["vision_separate"] / best["vision_shared"],
-        "language_speedup": language["separate"] / language["shared"],
-        "gradient_difference": float((a - b).norm() / b.norm()),
-    }
+    branch_tokens = len(encoded.input_ids) - encoded.prefix_len
+    rows = []
+    for k in ks:
+        a, b = middle(alone).times(k), middle(together[k])
+        limit = flops(kit, separate[:k]) / flops(kit, [shared[k]])
+        rows.append({
+            "k": k,
+            "prefix_tokens": encoded.prefix_len,
+            "branch_tokens": branch_tokens,
+            "separate_s": a.total,
+            "shared_s": b.total,
+            "speedup": a.total / b.total,
+            "limit": limit,
+            "of_limit": a.total / b.total / limit,
+            "token_limit": k * len(encoded.input_ids) / int(shared[k]["input_ids"].numel()),
+            "vision_separate_s": a.vision,
+            "vision_shared_s": b.vision,
+            "vision_speedup": a.vision / b.vision,
+            "language_separate_s": a.language,
+            "language_shared_s": b.language,
+            "language_speedup": a.language / b.language,
+            "gradient_difference": differences[k],
+        })  # fmt: skip
+    return rows
 
 
 def make_samples(kit: Kit, k: int, prefix: int, branch: int) -> list[Prepared]:
@@ -211,34 +219,56 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def step(kit: Kit, batches: list[Batch]) -> float:
-    """Seconds of forward and backward."""
-    kit.model.zero_grad(set_to_none=True)
-    start = clock(kit.device)
-    for batch in batches:
+@dataclass(frozen=True)
+class Seconds:
+    """Forward and backward of one pack: all of it, and the vision encoder with its projector."""
+
+    total: float
+    vision: float
+
+    @property
+    def language(self) -> float:
+        """The rest."""
+        return self.total - self.vision
+
+    def times(self, count: int) -> "Seconds":
+        """As many packs of this size."""
+        return Seconds(count * self.total, count * self.vision)
+
+
+def middle(found: list[Seconds]) -> Seconds:
+    """Medians."""
+    return Seconds(
+        statistics.median(s.total for s in found), statistics.median(s.vision for s in found)
+    )
+
+
+def step(kit: Kit, batch: Batch) -> Seconds:
+    """Forward and backward; gradients add up. The vision part ends and begins again where its tokens leave and return."""
+    see = kit.model._see
+    marks = {}
+
+    def timed(batch: Batch) -> Any:
+        begin = clock(kit.device)
+        seen = see(batch)
+        marks["forward"] = clock(kit.device) - begin
+        seen.tokens.register_hook(lambda _: marks.update(back=clock(kit.device)))
+        return seen
+
+    kit.model._see = timed
+    try:
+        start = clock(kit.device)
         kit.model(batch).loss_sum.backward()
-    return clock(kit.device) - start
+        end = clock(kit.device)
+    finally:
+        del kit.model._see
+    return Seconds(end - start, marks["forward"] + end - marks["back"])
 
 
-def vision_step(kit: Kit, batches: list[Batch]) -> float:
-    """Seconds of the vision encoder and projector alone."""
-    kit.model.zero_grad(set_to_none=True)
-    start = clock(kit.device)
-    for batch in batches:
-        kit.model._see(batch).tokens.sum().backward()
-    return clock(kit.device) - start
-
-
-def gradients(kit: Kit, batches: list[Batch]) -> tuple[float, torch.Tensor]:
-    """Loss and the whole gradient as one vector."""
-    kit.model.zero_grad(set_to_none=True)
-    total = 0.0
-    for batch in batches:
-        loss = kit.model(batch).loss_sum
-        loss.backward()
-        total += float(loss.detach())
+def gradient(kit: Kit) -> torch.Tensor:
+    """All gradients as one vector."""
     parts = [p.grad.double().flatten().cpu() for p in kit.model.parameters() if p.grad is not None]
-    return total, torch.cat(parts)
+    return torch.cat(parts)
 
 
 def flops(kit: Kit, batches: list[Batch]) -> float:
@@ -247,6 +277,13 @@ def flops(kit: Kit, batches: list[Batch]) -> float:
 
     cost = cost_coefficients(kit.model)
     return sum(pack_size(batch).flops(cost) for batch in batches)
+
+
+def train(kit: Kit, batches: list[Batch]) -> None:
+    """Gradients of one step."""
+    kit.model.zero_grad(set_to_none=True)
+    for batch in batches:
+        kit.model(batch).loss_sum.backward()
 
 
 def mix(kit: Kit) -> dict[str, Any]:
@@ -332,10 +369,10 @@ def mix(kit: Kit) -> dict[str, Any]:
             folder = kit.model.source
             loader = build_data(config, folder, kit.layout, cost_coefficients(kit.model), World())
             steps = iter(loader)
-            step(kit, next(steps).batches)  # warm-up
+            train(kit, next(steps).batches)  # warm-up
             start, samples, tokens[compute] = time.process_time(), 0, 0
             for found in steps:
-                step(kit, found.batches)
+                train(kit, found.batches)
                 samples += sum(len(batch["uids"]) for batch in found.batches)
                 tokens[compute] += sum(int(batch["input_ids"].numel()) for batch in found.batches)
             seconds[compute] = time.process_time() - start
