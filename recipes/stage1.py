@@ -53,7 +53,7 @@ def main(config: TrainConfig, arguments: Arguments) -> None:
 
     load = build.build_load(config, run, layout, cost, draw_marks)
     # Only training rows change their wording; held-out questions and benchmarks are asked as written.
-    expand = FormatExpander(DIALECT_OF[layout.family])
+    expand = FormatExpander(DIALECT_OF[layout.family], marked=config.data.marked_formats)
     loader = load(config, expand_format=expand, state=state.loader or None)
     probe = build_probe(
         config,

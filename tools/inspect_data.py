@@ -79,7 +79,7 @@ def inspect(config: TrainConfig, args: argparse.Namespace) -> str:
         blocked=blocked,
         blocked_key=blocked.key,
         draw_marks=draw_marks,
-        expand_format=FormatExpander(DIALECT_OF[layout.family]),
+        expand_format=FormatExpander(DIALECT_OF[layout.family], marked=config.data.marked_formats),
         report=lambda text: print(text, file=sys.stderr),
     )
     page = Page(

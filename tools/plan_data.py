@@ -80,7 +80,7 @@ def plan(config: TrainConfig, args: argparse.Namespace) -> dict[str, Any]:
         World(0, args.world),
         blocked=blocked,
         blocked_key=blocked.key,
-        expand_format=FormatExpander(DIALECT_OF[layout.family]),
+        expand_format=FormatExpander(DIALECT_OF[layout.family], marked=config.data.marked_formats),
         workers=args.workers,
         verify_files=args.verify == "full",
         report=lambda text: print(text, file=sys.stderr),

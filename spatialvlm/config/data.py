@@ -193,6 +193,10 @@ class DataConfig(Section):
     """Which assistant turns are supervised."""
     system: str = "stock"
     """``stock`` = the template's default, ``none``, or the text itself."""
+    marked_formats: Fraction | None = None
+    """Share of generated rows shown in an instruction format with drawn marks, of those that may be shown with
+    and without; ``None`` = every format is as likely as another. A question with marks shares its prefix with
+    no other one."""
     coords_to: Literal["keep", "native"] = "keep"
     """``native`` rewrites coordinates into the backbone's convention."""
     decontamination: DecontaminationConfig = DecontaminationConfig()

@@ -206,11 +206,14 @@ class FormatExpander:
         dialect: How references and boxes are written.
         seed: Of the choice.
         formats: Only these formats where a row allows any of them (for ablations).
+        marked: Share of rows shown with drawn marks, of those that may be shown with and without; None =
+            every format is as likely as another. Questions without marks can share one copy of the image.
     """
 
     dialect: Dialect = "internvl"
     seed: int = 0
     formats: tuple[int, ...] | None = None
+    marked: float | None = None
 
     def __call__(self, sample: Sample, epoch: int) -> Sample:
         """Return the sample in one of ``sample.formats_ok``.
@@ -225,6 +228,11 @@ class FormatExpander:
         if not choices or not slots:
             return sample
         draws = Draws("format", self.seed, sample.uid, epoch)
+        if self.marked is not None:
+            drawn = tuple(f for f in choices if text_and_view(f)[1] in _MARKS)
+            if 0 < len(drawn) < len(choices):
+                plain = tuple(f for f in choices if f not in drawn)
+                choices = drawn if draws.unit() < self.marked else plain
         format_id = draws.choice(choices)
         expansion = expand_slots(slots, format_id, self.dialect, draws)
         places: dict[int, list[tuple[int, int, int]]] = {}

@@ -116,6 +116,14 @@ def test_a_row_is_shown_in_every_allowed_format_over_the_epochs():
     assert len(texts) >= 10
     again = FormatExpander()(sample, 7)
     assert again == FormatExpander()(sample, 7)
+    shares = {
+        marked: np.mean([bool(FormatExpander(marked=marked)(sample, e).marks) for e in range(200)])
+        for marked in (None, 0.0, 0.3, 1.0)
+    }
+    assert shares[0.0] == 0
+    assert shares[1.0] == 1
+    assert shares[0.3] == pytest.approx(0.3, abs=0.1)
+    assert shares[None] > 0.6
     only = {FormatExpander(formats=(4,))(sample, epoch).turns[0].text for epoch in range(5)}
     assert only == {"\nIs <ref>blue chair</ref> left of the table?"}
 
