@@ -15,6 +15,7 @@ import io
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,10 +24,10 @@ from PIL import Image
 
 from spatialvlm.errors import MarkError, run_command
 from spatialvlm.scenes.blacklist import Blacklist
-from spatialvlm.synthesis.audit import audit, page, prune, read_rows
+from spatialvlm.synthesis.audit import audit, iter_rows, page, prune
 from spatialvlm.synthesis.balance import balance
 from spatialvlm.synthesis.marks import draw_marks, mark_from_dict
-from spatialvlm.synthesis.parts import write_rows
+from spatialvlm.synthesis.parts import RowWriter
 
 MAX_SAMPLE_IMAGES = 4
 
@@ -70,26 +71,34 @@ def main(argv: list[str] | None = None) -> int:
         before, after = sum(report.before.values()), sum(report.after.values())
         print(f"balanced: {after:,} of {before:,} rows kept in {arguments.balance}")
         folder = arguments.balance
-    rows = read_rows(folder)
-    if not rows:
+    samples: dict[str, dict] = {}
+
+    def watched() -> Iterator[dict]:
+        for row in iter_rows(folder):
+            samples.setdefault(row["task"], row)
+            yield row
+
+    blacklist = Blacklist()
+    result = audit(watched(), is_blocked=lambda scene: blacklist.check(scene) is not None)
+    if not result.rows:
         print(f"{folder}: no rows to audit", file=sys.stderr)
         return 2
     if arguments.prune:
-        removed = set(prune(rows))
-        rows = [row for row in rows if row["id"] not in removed]
         arguments.prune.mkdir(parents=True, exist_ok=True)
-        write_rows(arguments.prune / "pruned.parquet", rows)
+        removed = set(prune(iter_rows(folder), result.leaking))
+        with RowWriter(arguments.prune / "pruned.parquet") as writer:
+            for row in iter_rows(folder):
+                if row["id"] not in removed:
+                    writer.add([row])
         (arguments.prune / "removed.json").write_text(json.dumps(sorted(removed)), encoding="utf-8")
         print(f"pruned: {len(removed):,} rows removed")
-    blacklist = Blacklist()
-    scenes = {row["scene_id"] for row in rows}
-    result = audit(rows, blocked=[s for s in scenes if blacklist.check(s) is not None])
-    samples, images = {}, {}
-    for row in rows:
-        if row["task"] not in samples:
-            samples[row["task"]] = row
-            if arguments.scenes:
-                images.update(sample_images(row, arguments.scenes))
+        samples.clear()
+        folder = arguments.prune
+        result = audit(watched(), is_blocked=lambda scene: blacklist.check(scene) is not None)
+    images = {}
+    if arguments.scenes:
+        for row in samples.values():
+            images.update(sample_images(row, arguments.scenes))
     out = arguments.out or folder
     out.mkdir(parents=True, exist_ok=True)
     (out / "audit.json").write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")

@@ -24,10 +24,10 @@ from PIL import Image
 
 from spatialvlm.errors import run_command
 from spatialvlm.scenes.io import iter_scenes
-from spatialvlm.synthesis.audit import question_of
 from spatialvlm.synthesis.generate import RowMaker, generate_scene, make_context
 from spatialvlm.synthesis.marks import draw_marks, mark_from_dict
 from spatialvlm.synthesis.plan import make_plan
+from spatialvlm.synthesis.probe import question_of
 from spatialvlm.synthesis.rows import Reason
 from spatialvlm.synthesis.tasks import TASKS, Task
 from spatialvlm.synthesis.verify import check_row

@@ -30,6 +30,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("rows", type=Path, help="folder written by synthesize.py")
     parser.add_argument("--scenes", type=Path, required=True)
     parser.add_argument("--sample", type=float, default=1.0, help="share of the rows to check")
+    parser.add_argument(
+        "--reference",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="share of the checked rows whose answer is computed by a second implementation, too",
+    )
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument(
         "--allow-contaminated", action="store_true", help="rows about evaluation scenes are fine"
@@ -44,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.rows,
             arguments.scenes,
             sample=arguments.sample,
+            reference=arguments.reference,
             workers=arguments.workers,
             blocked=[ref.scene_id for ref in refs if blacklist.check(ref.scene_id) is not None],
         )
@@ -56,6 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     for item in report.mismatches[:20]:
         print(f"{item['id']} {item['task']}: {item['problem']}")
     rate = report.checked / seconds if seconds else 0.0
+    second = sum(report.by_reference.values())
+    print(
+        f"{second} answers of {len(report.by_reference)} tasks computed by a second implementation"
+    )
     print(
         f"{report.checked} of {report.rows} rows checked, {len(report.mismatches)} disagreements "
         f"({rate:,.0f} rows/s)"

@@ -27,13 +27,16 @@ NUMBER_CAP = 2.0
 CLASS_CAP = 1.25
 """A class holds at most 1.25 times its uniform share."""
 LABEL_SHARE = 0.08
+PAIR_SHARE = 0.02
 SMALL_VOCABULARY = 25
-"""With fewer labels than this, a label may hold twice its uniform share."""
+"""With fewer labels than this, a label (or pair) may hold twice its uniform share."""
 BATCH = 4096
 
 Bucket = tuple[str, str, str]
 """(task, group, class): classes are evened out inside a group."""
 LabelKey = tuple[str, str]
+"""(task, label) or (task, both labels of a pair)."""
+PAIR = " + "
 METRIC_UNITS = ("m", "cm", "m2", "deg")
 
 
@@ -116,36 +119,40 @@ def quotas(counts: Mapping[Bucket, int]) -> dict[Bucket, float]:
         elif len(ordered) == 2:
             cap = float(ordered[0])
         else:
-            cap = _class_cap(ordered)
+            cap = _cap(ordered, CLASS_CAP / len(ordered))
         for word in classes:
             result[task, group, word] = cap
     return result
 
 
-def _class_cap(counts: Sequence[int]) -> float:
-    """Largest cap at which no class exceeds 1.25 times the uniform share of what is kept."""
+def _cap(counts: Sequence[int], share: float) -> float:
+    """Largest cap at which no class exceeds ``share`` of what is kept (at least 1)."""
     low, high = 0.0, float(max(counts))
     for _ in range(40):
         cap = (low + high) / 2
         kept = sum(min(count, cap) for count in counts)
-        if cap <= CLASS_CAP * kept / len(counts):
+        if cap <= share * kept:
             low = cap
         else:
             high = cap
     return max(low, 1.0)
 
 
-def label_quotas(counts: Mapping[LabelKey, int]) -> dict[LabelKey, float]:
-    """Rows a label may keep inside a task: 8 %, or twice the uniform share of a small vocabulary."""
-    total: Counter[str] = Counter()
-    labels: Counter[str] = Counter()
-    for (task, _), count in counts.items():
-        total[task] += count
-        labels[task] += 1
+def label_shares(counts: Mapping[LabelKey, int]) -> dict[LabelKey, float]:
+    """Share of its rows that a label, or a pair of labels, keeps inside its task.
+
+    A label may hold 8 % of what is kept, a pair 2 %; with a small vocabulary twice the uniform share.
+    """
+    groups: dict[tuple[str, bool], dict[LabelKey, int]] = defaultdict(dict)
+    for key, count in counts.items():
+        groups[key[0], PAIR in key[1]][key] = count
     result = {}
-    for task, label in counts:
-        share = LABEL_SHARE if labels[task] >= SMALL_VOCABULARY else min(1.0, 2 / labels[task])
-        result[task, label] = share * total[task]
+    for (task, paired), group in groups.items():
+        share = PAIR_SHARE if paired else LABEL_SHARE
+        if len(groups.get((task, False), group)) < SMALL_VOCABULARY:
+            share = 2 / len(group)
+        cap = _cap(sorted(group.values()), share)
+        result.update({key: min(1.0, cap / count) for key, count in group.items()})
     return result
 
 
@@ -161,10 +168,8 @@ def balance(folder: Path, out: Path) -> BalanceReport:
     files = sorted(folder.glob("*.parquet"))
     for row in _rows(files):
         report.before[bucket_of(row)] += 1
-        label = _first_label(row)
-        if label:
-            label_counts[row["task"], label] += 1
-    limits, label_limits = quotas(report.before), label_quotas(label_counts)
+        label_counts.update(_label_keys(row))
+    limits, shares = quotas(report.before), label_shares(label_counts)
     out.mkdir(parents=True, exist_ok=True)
     for path in files:
         temporary = out / f".{path.name}.tmp"
@@ -174,9 +179,7 @@ def balance(folder: Path, out: Path) -> BalanceReport:
                 for row in rows:
                     bucket = bucket_of(row)
                     share = min(1.0, limits[bucket] / report.before[bucket])
-                    key = (row["task"], _first_label(row))
-                    if key in label_limits:
-                        share *= min(1.0, label_limits[key] / label_counts[key])
+                    share *= min((shares[key] for key in _label_keys(row)), default=1.0)
                     if hashed("balance", row["id"]) < share * 2**64:
                         report.after[bucket] += 1
                         kept.append(row)
@@ -190,9 +193,11 @@ def balance(folder: Path, out: Path) -> BalanceReport:
     return report
 
 
-def _first_label(row: Mapping[str, Any]) -> str:
-    slots = json.loads(row["slots"])
-    return str(slots[0]["label"]) if slots else ""
+def _label_keys(row: Mapping[str, Any]) -> list[LabelKey]:
+    """The first named label of a row, and the pair of the first two."""
+    labels = [str(slot["label"]) for slot in json.loads(row["slots"])[:2]]
+    keys = [(row["task"], label) for label in labels[:1]]
+    return [*keys, (row["task"], PAIR.join(sorted(labels)))] if len(labels) == 2 else keys
 
 
 def _batches(path: Path) -> Iterator[list[dict[str, Any]]]:

@@ -2,7 +2,8 @@
 
 Per row: the scene is reloaded, ``derive`` runs on the stored arguments, and the result must agree with
 the stored answer, margin, options and text. The text is also written again from the plan that the
-run stored, so a change of wording or code shows up as a disagreement.
+run stored, so a change of wording or code shows up as a disagreement. For a share of the rows the answer
+is computed once more by an independent implementation (``synthesis.reference``).
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ from spatialvlm.answers import (
 )
 from spatialvlm.errors import DataError, SynthesisError
 from spatialvlm.synthesis.caption_rewrite import REWRITTEN, restored
+from spatialvlm.synthesis.context import SceneContext
 from spatialvlm.synthesis.executors import Executor, run_parts
 from spatialvlm.synthesis.generate import RowMaker, make_context
 from spatialvlm.synthesis.parts import SceneRef, image_prefix, list_scenes, read_scene
 from spatialvlm.synthesis.plan import SynthesisPlan, TaskPlan
+from spatialvlm.synthesis.reference import REFERENCES, disagreement
 from spatialvlm.synthesis.rows import CONTAMINATED, SCHEMA, Reject, canonical_json, hashed, row_id
 from spatialvlm.synthesis.tasks import TASKS
 from spatialvlm.synthesis.twins import TAG
@@ -55,6 +58,8 @@ class Report:
     mismatches: list[dict[str, str]] = field(default_factory=list)
     """``{"id", "task", "problem"}`` per disagreement."""
     by_task: Counter[str] = field(default_factory=Counter)
+    by_reference: Counter[str] = field(default_factory=Counter)
+    """Rows per task that the second implementation answered as well."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -64,6 +69,7 @@ class Report:
             "disagreements": len(self.mismatches),
             "mismatches": self.mismatches[:1000],
             "checked_by_task": dict(sorted(self.by_task.items())),
+            "checked_by_second_implementation": dict(sorted(self.by_reference.items())),
         }
 
 
@@ -102,6 +108,7 @@ class Job:
     refs: Mapping[str, SceneRef]
     sample: float
     blocked: frozenset[str]
+    reference: float
 
 
 def verify(
@@ -109,6 +116,7 @@ def verify(
     scenes: Path,
     *,
     sample: float = 1.0,
+    reference: float = 0.05,
     executor: Executor = "process",
     workers: int = 1,
     blocked: Iterable[str] = (),
@@ -119,6 +127,7 @@ def verify(
         folder: Rows of one run, with ``plan.json``.
         scenes: The scenes they were made from.
         sample: Share of the rows to check, chosen by hash of the row id.
+        reference: Share of the checked rows that the second implementation answers, too.
         executor: Where files are checked.
         workers: Processes.
         blocked: Scene ids that must not occur.
@@ -130,13 +139,14 @@ def verify(
     if not files:
         raise SynthesisError(f"{folder}: no parquet file to verify.")
     refs = {ref.scene_id: ref for ref in list_scenes(scenes)}
-    job = Job(scenes, load_plan(folder), refs, sample, frozenset(blocked))
+    job = Job(scenes, load_plan(folder), refs, sample, frozenset(blocked), reference)
     report = Report()
     for part in run_parts(executor, workers, partial(verify_file, job), files):
         report.rows += part.rows
         report.checked += part.checked
         report.mismatches += part.mismatches
         report.by_task.update(part.by_task)
+        report.by_reference.update(part.by_reference)
     report.mismatches.sort(key=lambda item: item["id"])
     return report
 
@@ -155,7 +165,7 @@ def verify_file(job: Job, path: Path) -> Report:
         if row["id"] in seen:
             report.mismatches.append(_mismatch(row, "the id occurs twice"))
         seen.add(row["id"])
-        if job.sample >= 1.0 or hashed("sample", row["id"]) < job.sample * 2**64:
+        if chosen(row["id"], job.sample, "sample"):
             by_scene[row["scene_id"]].append(row)
     book = phrase_book(job.plan.templates)
     for scene_id, rows in sorted(by_scene.items()):
@@ -170,7 +180,28 @@ def verify_file(job: Job, path: Path) -> Report:
             report.checked += 1
             report.by_task[row["task"]] += 1
             report.mismatches += [_mismatch(row, problem) for problem in check_row(maker, row)]
+            if row["task"] in REFERENCES and chosen(row["id"], job.reference, "reference"):
+                report.by_reference[row["task"]] += 1
+                report.mismatches += [_mismatch(row, p) for p in check_reference(context, row)]
     return report
+
+
+def chosen(row_id: str, share: float, purpose: str) -> bool:
+    """Whether a row belongs to a random share."""
+    return share >= 1.0 or hashed(purpose, row_id) < share * 2**64
+
+
+def check_reference(context: SceneContext, row: Mapping[str, Any]) -> list[str]:
+    """Where the second implementation disagrees with the task; empty when it does not."""
+    evidence = json.loads(row["evidence"])
+    args = (evidence[0] if isinstance(evidence, list) else evidence)["args"]
+    try:
+        derived = TASKS[row["task"]].derive(context, args)
+    except (Reject, LookupError):
+        return []  # check_row has said why
+    parts = [part.answer for part in derived] if isinstance(derived, list) else derived.answer
+    problem = disagreement(context.scene, row["task"], args, parts)
+    return [] if problem is None else [f"the answer is {problem}"]
 
 
 def _mismatch(row: Mapping[str, Any], problem: str) -> dict[str, str]:

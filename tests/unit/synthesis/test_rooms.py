@@ -60,8 +60,9 @@ def test_nearly_every_task_has_rows_in_two_rooms_and_all_verify(rooms, tmp_path)
     synthesize(
         rooms, tmp_path, make_plan(str(ROOT / "configs/synthesis/tiny.yaml")), executor="serial"
     )
-    report = verify(tmp_path, rooms)
+    report = verify(tmp_path, rooms, reference=1.0)
     assert report.mismatches == []
+    assert len(report.by_reference) >= 18
     # Whether a label repeats visibly, cameras ring a centre, or a route exists depends on the room.
     assert set(TASKS) - set(report.by_task) <= {
         "vsi_count",

@@ -14,12 +14,13 @@ from PIL import Image
 from spatialvlm.errors import ConfigError, ContaminationError, MediaError, SynthesisError
 from spatialvlm.scenes.io import load_scene, save_scene
 from spatialvlm.synthesis import tasks as registry
-from spatialvlm.synthesis.audit import audit, best_constant, page, prune, read_rows
+from spatialvlm.synthesis.audit import audit, page, prune, read_rows
 from spatialvlm.synthesis.balance import balance, bucket_of, quotas
 from spatialvlm.synthesis.engine import synthesize
 from spatialvlm.synthesis.export import export_rows
 from spatialvlm.synthesis.parts import write_rows
 from spatialvlm.synthesis.plan import make_plan
+from spatialvlm.synthesis.probe import best_constant, case_of
 from spatialvlm.synthesis.rows import SCHEMA
 from spatialvlm.synthesis.verify import verify
 from spatialvlm.synthesis.wording import Wording
@@ -70,6 +71,28 @@ def test_untouched_rows_agree_with_their_scenes(made):
     assert report.mismatches == []
     assert report.checked == report.rows > 250
     assert set(report.by_task) == set(TASKS.split(","))
+
+
+def test_the_second_implementation_finds_a_wrong_task(made, monkeypatch):
+    scenes, rows = made
+    report = verify(rows, scenes, reference=1.0)
+    assert report.mismatches == []
+    assert {"left_right", "dist_abs", "size_abs", "ssr_lcm", "vsi_rel_dir"} <= set(report.by_reference)  # fmt: skip
+    # With the sides swapped in the shared kernel, rows and re-derived answers agree and are wrong.
+    from spatialvlm.synthesis.tasks import relation
+
+    def mirrored(view, a, b):
+        a_left, margin = left_of(view, a, b)
+        return not a_left, margin
+
+    left_of = relation.left_of
+    monkeypatch.setattr(relation, "left_of", mirrored)
+    wrong = rows.parent / "mirrored"
+    synthesize(scenes, wrong, make_plan("left_right"), executor="serial")
+    assert verify(wrong, scenes, reference=0.0).mismatches == []
+    found = verify(wrong, scenes, reference=1.0).mismatches
+    assert len(found) == 60
+    assert "second implementation" in found[0]["problem"]
 
 
 def test_sampling_checks_a_share(made):
@@ -175,6 +198,22 @@ def test_buckets_separate_measured_numbers_from_counts():
     assert bucket_of(count) == ("is_count", "number", "3")
 
 
+def named(number, first, second):
+    slots = [{"label": label} for label in (first, second)]
+    return row_like("size_rel", number % 2 == 0, number, slots=json.dumps(slots))
+
+
+def test_no_pair_of_labels_dominates(tmp_path):
+    labels = ["bed", "sofa", "desk", "lamp", "bin", "rug", "tv", "box"]
+    every = [(a, b) for a in labels for b in labels if a < b]
+    pairs = [every[i % len(every)] for i in range(1400)] + [("bed", "sofa")] * 1400
+    write_rows(tmp_path / "a.parquet", [named(i, *pair) for i, pair in enumerate(pairs)])
+    balance(tmp_path, tmp_path / "out")
+    kept = [tuple(s["label"] for s in json.loads(r["slots"])) for r in read_rows(tmp_path / "out")]
+    assert len(kept) > 1200
+    assert kept.count(("bed", "sofa")) / len(kept) < 1.3 * 2 / len(every)
+
+
 # Audit -----------------------------------------------------------------------------------------------
 def leaky(number, leak):
     rng = np.random.default_rng(number)
@@ -206,6 +245,34 @@ def test_pruning_removes_leaking_rows_only_when_there_is_a_leak():
     assert prune([leaky(i, False) for i in range(400)]) == []
 
 
+def test_pruning_removes_numbers_that_the_text_gives_away():
+    def row(i, leak):
+        value = 1.0 + i % 9
+        word = f"n{i % 9}" if leak else f"n{(i * 7919) % 11}"
+        return row_like(
+            "dist_abs", value, i, form="NUM", answer_type="number", unit="m", answer_text=f"{value}",
+            messages=[{"role": "user", "content": f"<image>\nHow far is {word}?"}],
+        )  # fmt: skip
+
+    rows = [row(i, i % 3 > 0) for i in range(600)]
+    before = audit(rows).tasks["dist_abs"]
+    assert before.probe - before.constant > 0.1
+    removed = set(prune(rows, share=0.2))
+    kept = [r for r in rows if r["id"] not in removed]
+    assert 100 < len(kept) < 500
+    after = audit(kept).tasks["dist_abs"]
+    assert after.probe - after.constant <= 0.1
+
+
+def test_an_audit_looks_at_every_row_once(made):
+    rows = read_rows(made[1])
+    whole, passed = audit(rows), audit(iter(rows))
+    assert passed.to_dict() == whole.to_dict()
+    doubled = audit([*rows, rows[3]])
+    assert doubled.duplicates == 1
+    assert any("occurred before" in text for text in doubled.warnings)
+
+
 def test_skewed_option_positions_are_reported():
     options = ["left", "right", "front", "back"]
     rows = [
@@ -215,7 +282,7 @@ def test_skewed_option_positions_are_reported():
     found = audit(rows).tasks["mv_pos"]
     assert found.position_p < 1e-6
     assert found.positions["C of 4"] == 0
-    assert best_constant(rows) == pytest.approx(133 / 200)
+    assert best_constant([case_of(row) for row in rows]) == pytest.approx(133 / 200)
 
 
 def test_generated_options_are_uniform_and_ids_unique(made):
@@ -327,4 +394,4 @@ def test_evaluation_scenes_are_skipped_or_marked_and_not_exported(made, tmp_path
     assert len(verify(tmp_path / "b", scenes, blocked=bad).mismatches) == 20
     with pytest.raises(ContaminationError, match="rooms/hand-1"):
         export_rows(tmp_path / "b", scenes, tmp_path / "c", "messages", render_marks=True)
-    assert audit(read_rows(tmp_path / "b"), blocked=bad).blocked == bad
+    assert audit(read_rows(tmp_path / "b"), is_blocked=set(bad).__contains__).blocked == bad
