@@ -1,6 +1,6 @@
 """Stacks of cubes on a grid (deformation and assembly): counting, silhouettes, completion.
 
-The heights of the columns stand in ``scene.extra["blocks"]``; every frame says how much of each column's
+A stack and the piece that completes it are a two-piece assembly. The heights of the columns stand in ``scene.extra["blocks"]``; every frame says how much of each column's
 top (or of an empty cell's floor) it shows. Where too little is seen the answer is not implied.
 """
 
@@ -13,7 +13,7 @@ from numpy.random import Generator
 
 from spatialvlm.scenes.transforms import wrap_deg
 from spatialvlm.synthesis.context import SceneContext, View, require, tightest
-from spatialvlm.synthesis.rows import QA, Args, Derived, Form, Reason, Reject
+from spatialvlm.synthesis.rows import QA, Args, Derived, Draws, Form, Reason, Reject
 from spatialvlm.synthesis.tasks.base import Task, shuffled
 from spatialvlm.synthesis.tasks.camera import permutations_of
 from spatialvlm.synthesis.writer import Writer
@@ -33,11 +33,48 @@ def silhouette(heights: np.ndarray, axis: int) -> list[int]:
     return [int(value) for value in heights.max(axis=axis)]
 
 
-def missing_cubes(heights: np.ndarray) -> int:
-    """Cubes that complete the smallest cuboid around the stack."""
+def missing_piece(heights: np.ndarray) -> np.ndarray:
+    """Height map of the piece that completes the smallest cuboid around the stack, upside down on top of it."""
     rows, columns = np.nonzero(heights)
     box = heights[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
-    return int(box.size * box.max() - box.sum())
+    piece: np.ndarray = box.max() - box
+    return piece
+
+
+def missing_cubes(heights: np.ndarray) -> int:
+    """Cubes that complete the smallest cuboid around the stack."""
+    return int(missing_piece(heights).sum())
+
+
+def from_camera(grid: np.ndarray, heading_deg: float) -> np.ndarray:
+    """A height map with rows from far to near and columns from left to right for a camera with this heading."""
+    quarter = round(heading_deg / 90.0) % 4
+    return (grid[::-1, ::-1], grid.T[::-1], grid, grid.T[:, ::-1])[quarter]
+
+
+def grid_text(grid: np.ndarray) -> str:
+    """``2 0 / 1 3``: rows from far to near, each from left to right."""
+    return " / ".join(" ".join(map(str, row)) for row in grid.tolist())
+
+
+def other_pieces(grid: np.ndarray, draws: Draws) -> list[str]:
+    """Three pieces that do not fit: turned, mirrored, or with a cube more or less.
+
+    Raises:
+        Reject: ``distractors``: there are no three.
+    """
+    wrong = [grid[::-1], grid[:, ::-1], grid[::-1, ::-1]]
+    if grid.shape[0] == grid.shape[1]:
+        wrong += [grid.T, grid.T[::-1, ::-1]]
+    for place in range(grid.size):
+        moved = grid.copy()
+        moved.flat[place] += 1 if grid.flat[place] == 0 else -1
+        wrong.append(moved)
+    right = grid_text(grid)
+    texts = [text for text in dict.fromkeys(map(grid_text, wrong)) if text != right]
+    if len(texts) < 3:
+        raise Reject(Reason.DISTRACTORS, f"pieces {texts}")
+    return draws.shuffled(texts)[:3]
 
 
 def seen_from(heights: np.ndarray, heading_deg: float) -> tuple[list[int], float]:
@@ -57,7 +94,7 @@ def seen_from(heights: np.ndarray, heading_deg: float) -> tuple[list[int], float
 
 
 class DaBlocks(Task):
-    """How many cubes a stack has, its outline from the camera, or how many complete it to a cuboid."""
+    """How many cubes a stack has, its outline from the camera, how many complete it to a cuboid, or which piece."""
 
     id = "da_blocks"
     family = "SAR"
@@ -66,7 +103,7 @@ class DaBlocks(Task):
     dimension = "shape"
     views = "1-2"
     forms = ("NUM", "MCQ")
-    variants = ("count", "silhouette", "complete")
+    variants = ("count", "silhouette", "complete", "assemble")
 
     def unmet_need(self, ctx: SceneContext) -> Reason | None:
         """Only scenes of stacked cubes."""
@@ -84,11 +121,13 @@ class DaBlocks(Task):
                     yield {"variant": variant, "frames": [frames[index], *shown]}
 
     def forms_for(self, args: Args) -> tuple[Form, ...]:
-        """Outlines are lists."""
+        """Outlines are lists, pieces are chosen."""
+        if args["variant"] == "assemble":
+            return ("MCQ",)
         return ("OE", "MCQ") if args["variant"] == "silhouette" else self.forms
 
     def derive(self, ctx: SceneContext, args: Args) -> Derived:
-        """A number, or the heights from left to right."""
+        """A number, the heights from left to right, or the rows of the missing piece from far to near."""
         heights = np.array(ctx.scene.extra["blocks"]["heights"])
         views = [ctx.view(frame) for frame in args["frames"]]
         shown = np.max([self._visible(ctx, view) for view in views], axis=0)
@@ -98,8 +137,12 @@ class DaBlocks(Task):
             return Derived(num_cubes(heights), seen, values)
         if args["variant"] == "complete":
             return Derived(missing_cubes(heights), seen, values)
-        profile, off = seen_from(heights, views[0].camera.heading_deg)
+        heading = views[0].camera.heading_deg
+        profile, off = seen_from(heights, heading)
         axis = require("angle_deg", 45.0 - off, 45.0 - MAX_OFF_AXIS_DEG, Reason.SECTOR)
+        if args["variant"] == "assemble":
+            piece = from_camera(missing_piece(heights), heading)
+            return Derived(piece.tolist(), tightest(seen, axis), values)
         return Derived(profile, tightest(seen, axis), values)
 
     def _visible(self, ctx: SceneContext, view: View) -> np.ndarray:
@@ -109,9 +152,13 @@ class DaBlocks(Task):
         return np.array(shares)
 
     def phrase(self, ctx: SceneContext, args: Args, derived: Derived, write: Writer) -> QA:
-        """Counts within three of the truth, or permuted outlines."""
+        """Counts within three of the truth, permuted outlines, or pieces that do not fit."""
         write.show([ctx.frame_of[frame] for frame in args["frames"]])
         variant = args["variant"]
+        if variant == "assemble":
+            piece = np.array(derived.answer)
+            wrong = other_pieces(piece, write.draws)
+            return write.qa(write.turn("text", grid_text(piece), {}, variant=variant, wrong=wrong))
         if variant != "silhouette":
             wrong = write.count_options(derived.answer)
             turn = write.turn(

@@ -10,6 +10,7 @@ import pytest
 from spatialvlm.errors import SynthesisError
 from spatialvlm.scenes.io import load_scene
 from spatialvlm.scenes.rooms.build import RenderConfig, RoomSpec, write_room
+from spatialvlm.synthesis.audit import read_rows
 from spatialvlm.synthesis.context import SceneContext
 from spatialvlm.synthesis.engine import synthesize
 from spatialvlm.synthesis.generate import generate_scene
@@ -139,6 +140,36 @@ def test_boxes_of_visible_points_lie_inside_the_annotated_boxes(rooms):
     assert {row["answer_text"] for row in exact} != {row["answer_text"] for row in partial}
 
 
+def test_each_ablation_switch_changes_the_rows_it_should_and_nothing_else(rooms):
+    """OpenSpatial's ablations: one key of the task file each."""
+    scenes = scenes_of(rooms)
+    tasks = "size_abs,left_right,dist_abs,vsi_abs_dist,corr_obj"
+
+    def make(**overrides):
+        plan = make_plan(tasks, per_task=20, overrides=overrides)
+        return {r["id"]: r for s in scenes for r in generate_scene(s, plan)[0]}
+
+    base = make()
+    points = make(geometry="points")
+    same = base.keys() & points.keys()
+    assert sum(base[i]["answer_json"] != points[i]["answer_json"] for i in same) > 20
+    loose = make(visibility_filter=False)
+    assert loose.keys() - base.keys()
+    assert all(row["margin"]["value"] >= row["margin"]["threshold"] > 0 for row in loose.values())
+    assert {row["task"] for row in loose.values()} == set(tasks.split(","))
+    fewer = generate_scene(scenes[0], make_plan("left_right,dist_abs", per_task=20))[0]
+    # A subset of tasks leaves the rows of the remaining tasks as they were.
+    expected = [r for r in base.values() if r["scene_id"] == scenes[0].scene_id]
+    kept = {"left_right", "dist_abs"}
+    without = [{**r, "config_hash": ""} for r in expected if r["task"] in kept]
+    order = {"dist_abs": 0, "left_right": 1}
+    assert [{**r, "config_hash": ""} for r in fewer] == sorted(
+        without, key=lambda r: (order[r["task"]], r["id"])
+    )
+    hashes = {row["config_hash"] for rows in (base, points, loose) for row in rows.values()}
+    assert len(hashes) == 3
+
+
 def test_points_need_depth(hand_room):
     with pytest.raises(SynthesisError, match="depth"):
         boxes_of_visible_points(hand_room)
@@ -187,8 +218,6 @@ def test_ray_writes_the_same_files(rooms, tmp_path):
 
 
 def test_twins_give_pairs_that_differ_in_the_answer_only(tmp_path):
-    from spatialvlm.synthesis.audit import read_rows
-
     config = RenderConfig(num_frames=6, width=96, height=96)
     for twin in (0, 1):
         write_room(RoomSpec(seed=500, split="train", twin=twin), tmp_path / "rooms", config)
@@ -209,7 +238,17 @@ def test_twins_give_pairs_that_differ_in_the_answer_only(tmp_path):
 def test_stacks_of_cubes(tmp_path):
     import numpy as np
 
-    from spatialvlm.synthesis.tasks.blocks import missing_cubes, num_cubes, seen_from, silhouette
+    from spatialvlm.synthesis.rows import Draws
+    from spatialvlm.synthesis.tasks.blocks import (
+        from_camera,
+        grid_text,
+        missing_cubes,
+        missing_piece,
+        num_cubes,
+        other_pieces,
+        seen_from,
+        silhouette,
+    )
 
     heights = np.array([[2, 1], [0, 3]])
     assert num_cubes(heights) == 6
@@ -220,6 +259,14 @@ def test_stacks_of_cubes(tmp_path):
     assert seen_from(heights, 0.0)[0] == [3, 2]
     assert seen_from(heights, 170.0) == ([2, 3], pytest.approx(10.0))
 
+    assert grid_text(from_camera(missing_piece(heights), 90.0)) == "2 0 / 1 3"
+    for heading in (0.0, 90.0, 180.0, -90.0):
+        # Stack and piece together are full: what the piece leaves free is the outline of the stack.
+        piece = from_camera(missing_piece(heights), heading)
+        assert (3 - piece).max(axis=0).tolist() == seen_from(heights, heading)[0]
+        wrong = other_pieces(piece, Draws(heading))
+        assert len({*wrong, grid_text(piece)}) == 4
+
     write_room(
         RoomSpec(seed=1, split="train", preset="blocks"),
         tmp_path / "rooms",
@@ -229,3 +276,5 @@ def test_stacks_of_cubes(tmp_path):
     report = verify(tmp_path / "rows", tmp_path / "rooms")
     assert report.mismatches == []
     assert report.checked > 0
+    variants = {row["variant"] for row in read_rows(tmp_path / "rows")}
+    assert variants == {"count", "silhouette", "complete", "assemble"}
