@@ -80,7 +80,7 @@ class Asker:
     def manifest(self, benchmark: Benchmark) -> dict[str, Any]:
         """How the answers are made; a resumed run must agree with it."""
         from spatialvlm import __version__
-        from spatialvlm.evaluation.schema import sha256_of
+        from spatialvlm.evaluation.reading import sha256_of
 
         section = self.config.evaluation
         weights = sorted(p for p in self.subject.weights.glob("*.safetensors*") if p.is_file())

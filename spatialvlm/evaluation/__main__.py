@@ -16,8 +16,9 @@ from spatialvlm.errors import USER_ERRORS
 from spatialvlm.evaluation.conventions import with_conventions
 from spatialvlm.evaluation.predictions import by_row_number, read_manifest, read_predictions
 from spatialvlm.evaluation.prompts import MEDIA_MODES, build_messages
+from spatialvlm.evaluation.reading import load_items
 from spatialvlm.evaluation.registry import BENCHMARKS, check_media, find_spec, load_benchmark
-from spatialvlm.evaluation.schema import PROTOCOLS, load_items
+from spatialvlm.evaluation.schema import PROTOCOLS
 from spatialvlm.evaluation.scoring import UNPARSED, check_protocol, score, write_result
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from spatialvlm.errors import DataError
 from spatialvlm.evaluation.prompts import frame_indices
-from spatialvlm.evaluation.schema import read_rows
+from spatialvlm.evaluation.reading import read_rows
 from spatialvlm.evaluation.thumbnails import VIDEO_SUFFIXES
 from spatialvlm.scenes.blacklist import (
     Blacklist,

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from spatialvlm.errors import ConfigError, DataError
-from spatialvlm.evaluation.schema import Item, closest, read_jsonl
+from spatialvlm.evaluation.reading import read_jsonl
+from spatialvlm.evaluation.schema import Item, closest
 
 Key = tuple[str, str]
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from spatialvlm.errors import DataError
 from spatialvlm.evaluation.extract import REFUSED, ChoiceExtractor, NumberExtractor
-from spatialvlm.evaluation.metrics import Estimate, estimate, mra
+from spatialvlm.evaluation.metrics import Estimate, correct_rate, estimate, mra
 from spatialvlm.evaluation.schema import PROTOCOLS, Item, Judge, Scored, Summary, Verdict
 
 T = TypeVar("T")
@@ -99,6 +99,16 @@ def mean_over(
         [s.item.cluster for s in scored],
         [path(s.item) for s in scored],
     )
+
+
+def rates(
+    scored: Sequence[Scored], by: Callable[[Item], str], names: Sequence[str] | None = None
+) -> dict[str, float]:
+    """Accuracy in percent of every group of items; ``names`` fixes which groups, in which order."""
+    groups: dict[str, list[float]] = {}
+    for s in scored:
+        groups.setdefault(by(s.item), []).append(s.verdict.score)
+    return {name: correct_rate(groups[name]) for name in names or sorted(groups) if name in groups}
 
 
 def micro(scored: Sequence[Scored], protocol: str) -> Summary:  # noqa: ARG001

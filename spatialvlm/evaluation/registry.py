@@ -6,6 +6,7 @@ from pathlib import Path
 from spatialvlm.errors import ConfigError, DataError
 from spatialvlm.evaluation.benchmarks import (
     circular,
+    general,
     global_map,
     multiview,
     perception,
@@ -13,11 +14,12 @@ from spatialvlm.evaluation.benchmarks import (
     structured,
     vsi,
 )
-from spatialvlm.evaluation.schema import Benchmark, BenchmarkSpec, closest, load_items
+from spatialvlm.evaluation.reading import load_items
+from spatialvlm.evaluation.schema import Benchmark, BenchmarkSpec, closest
 
 BENCHMARKS: dict[str, BenchmarkSpec] = {
     spec.name: spec
-    for family in (vsi, multiview, perception, circular, structured, global_map, rows)
+    for family in (vsi, multiview, perception, general, circular, structured, global_map, rows)
     for spec in family.SPECS
 }
 
@@ -44,7 +46,7 @@ def load_benchmark(
     ids: Collection[str] | None = None,
     strict: bool = False,
 ) -> Benchmark:
-    """Read a benchmark's local file; see :func:`~spatialvlm.evaluation.schema.load_items`."""
+    """Read a benchmark's local file; see :func:`~spatialvlm.evaluation.reading.load_items`."""
     return load_items(find_spec(name), path, media_root=media_root, ids=ids, strict=strict)
 
 

@@ -16,7 +16,14 @@ from spatialvlm.evaluation.extract import (
 )
 from spatialvlm.evaluation.metrics import correct_rate
 from spatialvlm.evaluation.prompts import ANSWER_LETTER, generic
-from spatialvlm.evaluation.protocols import BOTH_FAIL, by_protocol, choice_judge, mean_over, micro
+from spatialvlm.evaluation.protocols import (
+    BOTH_FAIL,
+    by_protocol,
+    choice_judge,
+    mean_over,
+    micro,
+    rates,
+)
 from spatialvlm.evaluation.schema import (
     BenchmarkSpec,
     Item,
@@ -26,7 +33,7 @@ from spatialvlm.evaluation.schema import (
     Summary,
     as_list,
     bare_letter,
-    choice_gold,
+    choice_item,
     letter_columns,
     lettered,
     present,
@@ -44,6 +51,12 @@ def images(row: Row) -> tuple[Media, ...]:
             return tuple(as_image(cell) for cell in found)
     numbered = [row[f"image_{n}"] for n in range(1, 10) if present(row.get(f"image_{n}"))]
     return tuple(as_image(cell) for cell in numbered)
+
+
+def _folder(row: Row) -> str:
+    """Folder of the first picture: one scene; empty without pictures."""
+    pictures = images(row)
+    return str(PurePosixPath(pictures[0].path).parent) if pictures else ""
 
 
 def as_image(cell: object) -> Media:
@@ -84,8 +97,7 @@ _BACKTICKS = f"{ANSWER_LETTER}. Enclose the option's letter within ``."
 def _parse_mmsi(row: Row, item_id: str) -> Item:
     _, options = inline_options(str(row.get("question") or ""))
     kind = re.sub(r"(Cam|Obj|Reg)\.-", r"\1.–", str(row["question_type"]))
-    gold = choice_gold(bare_letter(row["answer"]), options, item_id)
-    return Item(item_id, "choice", gold, kind, f"item:{item_id}", options, row=row)
+    return choice_item(row, item_id, bare_letter(row["answer"]), options, kind)
 
 
 def _prompt_mmsi(item: Item, protocol: str) -> str:
@@ -139,12 +151,8 @@ def _parse_mindcube(row: Row, item_id: str) -> Item:
     gold = bare_letter(row["gt_answer"])
     if gold == "E" and "E" not in options:
         options = {**options, "E": ""}
-    pictures = images(row)
-    folder = str(PurePosixPath(pictures[0].path).parent) if pictures else f"item:{item_id}"
     kind = mindcube_setting(item_id)
-    return Item(
-        item_id, "choice", choice_gold(gold, options, item_id), kind, folder, options, row=row
-    )
+    return choice_item(row, item_id, gold, options, kind, cluster=_folder(row))
 
 
 def _summarise_mindcube(scored: Sequence[Scored], protocol: str) -> Summary:
@@ -158,13 +166,7 @@ def _summarise_mindcube(scored: Sequence[Scored], protocol: str) -> Summary:
         return Summary(
             "micro without translation", mean_over(scored, path), {"settings": by_setting}
         )
-    types = sorted({mindcube_type_lmms(s.item.id) for s in scored})
-    by_prefix = {
-        name: correct_rate(
-            [s.verdict.score for s in scored if mindcube_type_lmms(s.item.id) == name]
-        )
-        for name in types
-    }
+    by_prefix = rates(scored, lambda item: mindcube_type_lmms(item.id))
     return Summary("micro", mean_over(scored), {"settings": by_setting, "id_prefix": by_prefix})
 
 
@@ -203,12 +205,16 @@ def _parse_viewspatial(row: Row, item_id: str) -> Item:
     lines = as_list(choices)
     if len(lines) == 1:
         lines = [line for line in str(lines[0]).split("\n") if line.strip()]
-    options = lettered(lines)
-    gold = choice_gold(bare_letter(row["answer"]), options, item_id)
     pictures = images(row)
     parts = PurePosixPath(pictures[0].path).parts if pictures else ()
-    cluster = parts[2] if len(parts) > 2 else f"item:{item_id}"
-    return Item(item_id, "choice", gold, str(row["question_type"]), cluster, options, row=row)
+    return choice_item(
+        row,
+        item_id,
+        bare_letter(row["answer"]),
+        lettered(lines),
+        row["question_type"],
+        cluster=parts[2] if len(parts) > 2 else "",
+    )
 
 
 def _prompt_viewspatial(item: Item, protocol: str) -> str:
@@ -240,11 +246,8 @@ VIEWSPATIAL = BenchmarkSpec(
 
 
 def _parse_all_angles(row: Row, item_id: str) -> Item:
-    options = letter_columns(row)
-    gold = choice_gold(bare_letter(row["answer"]), options, item_id)
-    pictures = images(row)
-    cluster = str(PurePosixPath(pictures[0].path).parent) if pictures else f"item:{item_id}"
-    return Item(item_id, "choice", gold, str(row["category"]), cluster, options, row=row)
+    letter, options = bare_letter(row["answer"]), letter_columns(row)
+    return choice_item(row, item_id, letter, options, row["category"], cluster=_folder(row))
 
 
 ALL_ANGLES = BenchmarkSpec(
@@ -273,10 +276,7 @@ ALL_ANGLES = BenchmarkSpec(
 
 def _parse_erqa(row: Row, item_id: str) -> Item:
     _, options = inline_options(str(row.get("question") or "").replace("Choices:", "Options:"))
-    gold = choice_gold(bare_letter(row["answer"]), options, item_id)
-    return Item(
-        item_id, "choice", gold, str(row["question_type"]), f"item:{item_id}", options, row=row
-    )
+    return choice_item(row, item_id, bare_letter(row["answer"]), options, row["question_type"])
 
 
 def _prompt_erqa(item: Item, protocol: str) -> str:

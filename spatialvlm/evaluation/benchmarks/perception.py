@@ -1,45 +1,41 @@
-"""Single-picture and general benchmarks: BLINK, CV-Bench, EmbSpatial, RealWorldQA, MMStar, MMMU, SITE, SpaCE-10."""
+"""Pictures and short clips: BLINK, CV-Bench, EmbSpatial-Bench, SITE-Bench, SpaCE-10."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from spatialvlm.errors import DataError
-from spatialvlm.evaluation.benchmarks.multiview import images, inline_options
+from spatialvlm.evaluation.benchmarks.multiview import images
 from spatialvlm.evaluation.extract import (
-    ChoiceExtractor,
     blink_rule,
     easi_match,
     leading_letter,
-    lower,
     mmmu_style,
-    ranked,
     space10_set,
     vlmk_infer,
 )
 from spatialvlm.evaluation.metrics import caa, correct_rate
-from spatialvlm.evaluation.prompts import ANSWER_LETTER, generic, join_options, site_text
+from spatialvlm.evaluation.prompts import generic, join_options, site_text
 from spatialvlm.evaluation.protocols import (
     BOTH_FAIL,
     JUDGE_FREE,
     by_protocol,
     choice_judge,
-    judge_choice,
     macro_by_type,
     mean_over,
     micro,
+    rates,
 )
 from spatialvlm.evaluation.schema import (
     LETTERS,
     BenchmarkSpec,
     Item,
-    Judge,
     Media,
     Row,
     Scored,
     Summary,
-    Verdict,
     as_list,
     bare_letter,
     choice_gold,
+    choice_item,
     cluster_of,
     letter_columns,
     lettered,
@@ -52,9 +48,9 @@ _NOTE = (
 )
 
 
-def _choices(row: Row, column: str, default: str = "ABCDEF") -> dict[str, str]:
-    """Options of a list column; without the column every letter of ``default`` is accepted."""
-    return lettered(row[column]) if present(row.get(column)) else dict.fromkeys(default, "")
+def _choices(row: Row) -> dict[str, str]:
+    """Options of a row; without the column every letter is accepted."""
+    return lettered(row["choices"]) if present(row.get("choices")) else dict.fromkeys("ABCDEF", "")
 
 
 # ----------------------------------------------------------------------------------------------------- BLINK
@@ -67,10 +63,8 @@ BLINK_TASKS = (
 
 
 def _parse_blink(row: Row, item_id: str) -> Item:
-    options = _choices(row, "choices")
-    gold = choice_gold(bare_letter(row["answer"]), options, item_id)
     task = item_id.removeprefix("val_").rpartition("_")[0] or str(row.get("sub_task") or "")
-    return Item(item_id, "choice", gold, task, f"item:{item_id}", options, row=row)
+    return choice_item(row, item_id, bare_letter(row["answer"]), _choices(row), task)
 
 
 def _summarise_blink(scored: Sequence[Scored], protocol: str) -> Summary:
@@ -109,20 +103,13 @@ _CV_PATH = {"ADE20K": ("2D", "ADE20K"), "COCO": ("2D", "COCO"), "Omni3D": ("3D",
 
 
 def _parse_cv(row: Row, item_id: str) -> Item:
-    options = _choices(row, "choices")
     source = one_of(str(row["source"]), _CV_PATH, "source", item_id)
-    gold = choice_gold(bare_letter(row["answer"]), options, item_id)
-    return Item(
-        item_id, "choice", gold, str(row["task"]), f"item:{item_id}", options, source, row=row
-    )
+    letter, options = bare_letter(row["answer"]), _choices(row)
+    return choice_item(row, item_id, letter, options, row["task"], category=source)
 
 
 def _summarise_cv(scored: Sequence[Scored], protocol: str) -> Summary:  # noqa: ARG001
-    source = {
-        name: correct_rate(hits)
-        for name in _CV_PATH
-        if (hits := [s.verdict.score for s in scored if s.item.category == name])
-    }
+    source = rates(scored, lambda item: item.category, tuple(_CV_PATH))
     headline = mean_over(scored, lambda item: _CV_PATH[item.category])
     missing = tuple(sorted(set(_CV_PATH) - set(source)))
     extra = {"source": source, "acc_3d": source.get("Omni3D")}
@@ -148,30 +135,22 @@ CV_BENCH = BenchmarkSpec(
 
 
 def _parse_emb(row: Row, item_id: str) -> Item:
-    options = lettered(row["answer_options"])
     index = int(row["answer"])
-    letter = LETTERS[index] if 0 <= index < len(LETTERS) else str(index)
-    cluster = cluster_of(row, ("data_source", "scene_id"), item_id)
-    gold = choice_gold(letter, options, item_id)
-    return Item(
+    return choice_item(
+        row,
         item_id,
-        "choice",
-        gold,
-        str(row["relation"]),
-        cluster,
-        options,
-        str(row["data_source"]),
-        row=row,
+        LETTERS[index] if 0 <= index < len(LETTERS) else str(index),
+        lettered(row["answer_options"]),
+        row["relation"],
+        cluster=cluster_of(row, ("data_source", "scene_id"), item_id),
+        category=row["data_source"],
     )
 
 
 def _summarise_emb(scored: Sequence[Scored], protocol: str) -> Summary:  # noqa: ARG001
-    names = sorted({s.item.category for s in scored})
-    per_source = {
-        name: correct_rate([s.verdict.score for s in scored if s.item.category == name])
-        for name in names
-    }
-    return Summary("micro", mean_over(scored), {"source": per_source})
+    return Summary(
+        "micro", mean_over(scored), {"source": rates(scored, lambda item: item.category)}
+    )
 
 
 def _prompt_emb(item: Item, protocol: str) -> str:
@@ -198,117 +177,6 @@ EMBSPATIAL = BenchmarkSpec(
     notes={"official": ("no_official_prompt: EASI's text and extractor",)},
 )
 
-# -------------------------------------------------------------------------------- RealWorldQA, MMStar, MMMU
-
-
-def _plain(text: str) -> str:
-    return lower(text).strip().rstrip(".")
-
-
-def text_or_choice(extractors: dict[str, ChoiceExtractor]) -> Callable[[str], Judge]:
-    """Letters by the protocol's extractor; other golds by equality of the plain text."""
-
-    def for_protocol(protocol: str) -> Judge:
-        def judge(item: Item, text: str) -> Verdict:
-            if item.kind == "choice":
-                return judge_choice(item, text, extractors[protocol])
-            answer = _plain(text)
-            golds = [_plain(str(gold)) for gold in item.gold]
-            return Verdict(answer, float(answer in golds), not answer)
-
-        return judge
-
-    return for_protocol
-
-
-def _parse_realworldqa(row: Row, item_id: str) -> Item:
-    answer = str(row["answer"]).strip()
-    _, options = inline_options(str(row.get("question") or ""))
-    if answer in tuple("ABCDEF"):
-        gold = choice_gold(answer, options, item_id)
-        return Item(item_id, "choice", gold, "choice", f"item:{item_id}", options, row=row)
-    return Item(item_id, "text", (answer,), "text", f"item:{item_id}", row=row)
-
-
-REALWORLDQA = BenchmarkSpec(
-    name="realworldqa",
-    title="RealWorldQA",
-    columns=("answer",),
-    parse=_parse_realworldqa,
-    judge=text_or_choice(by_protocol(ranked, easi=vlmk_infer)),
-    summarise=micro,
-    prompt=lambda item, _: str(item.row["question"]).strip(),
-    media=images,
-    max_new_tokens=16,
-)
-
-
-def _parse_mmstar(row: Row, item_id: str) -> Item:
-    options = letter_columns(row) or inline_options(str(row.get("question") or ""))[1]
-    gold = choice_gold(bare_letter(row["answer"]), options, item_id)
-    return Item(
-        item_id, "choice", gold, str(row["l2_category"]), f"item:{item_id}", options,
-        str(row["category"]), row=row,
-    )  # fmt: skip
-
-
-MMSTAR = BenchmarkSpec(
-    name="mmstar",
-    title="MMStar",
-    columns=("answer", "category", "l2_category"),
-    id_key="index",
-    parse=_parse_mmstar,
-    judge=choice_judge(by_protocol(ranked, easi=vlmk_infer)),
-    summarise=macro_by_type("mean over l2 categories"),
-    prompt=lambda item, protocol: (
-        generic(str(item.row["question"]), item.options)
-        if protocol == "easi"
-        else f"{item.row['question']}\n{ANSWER_LETTER}"
-    ),
-    media=images,
-    max_new_tokens=1024,
-    expected_n=1500,
-)
-
-
-def _parse_mmmu(row: Row, item_id: str) -> Item:
-    subject = "_".join(item_id.split("_")[1:-1]) or "all"
-    if str(row["question_type"]) == "open":
-        golds = tuple(map(str, as_list(row["answer"])))
-        return Item(item_id, "text", golds, subject, f"item:{item_id}", row=row)
-    options = lettered(row["options"])
-    gold = choice_gold(bare_letter(row["answer"]), options, item_id)
-    return Item(item_id, "choice", gold, subject, f"item:{item_id}", options, row=row)
-
-
-def _prompt_mmmu(item: Item, protocol: str) -> str:
-    text = str(item.row["question"])
-    for number in range(1, 10):
-        text = text.replace(f"<image {number}>", "<image>")
-    if item.kind == "text":
-        return f"{text}\nAnswer the question using a single word or phrase."
-    if protocol == "easi":
-        return generic(text, item.options)
-    return f"{text}\n{join_options(item.options)}\n{ANSWER_LETTER}"
-
-
-MMMU = BenchmarkSpec(
-    name="mmmu",
-    title="MMMU (validation)",
-    columns=("answer", "options", "question_type"),
-    id_key="id",
-    parse=_parse_mmmu,
-    judge=text_or_choice(by_protocol(mmmu_style, easi=vlmk_infer)),
-    summarise=micro,
-    prompt=_prompt_mmmu,
-    media=images,
-    max_new_tokens=1024,
-    notes=dict.fromkeys(
-        ("official", "lmms", "easi"),
-        ("open answers by equality of the plain text", "prompt_parity: false"),
-    ),
-)
-
 # ------------------------------------------------------------------------------------------------- SITE-Bench
 
 
@@ -331,12 +199,15 @@ def parse_site(row: Row, item_id: str, default_options: int | None = None) -> It
             f"item {item_id}: options {row['options']!r} do not parse to at least two; chance-adjusted "
             "accuracy needs their number; fix the row, or pass --caa-default-options 4 as EASI assumes"
         )
-    gold = choice_gold(bare_letter(row["answer"]), options, item_id)
     visual = as_list(row.get("visual"))
-    cluster = str(visual[0]) if visual else f"item:{item_id}"
-    category = str(row["category"])
-    return Item(
-        item_id, "choice", gold, category.lower(), cluster, options, str(row["dataset"]), row=row
+    return choice_item(
+        row,
+        item_id,
+        bare_letter(row["answer"]),
+        options,
+        str(row["category"]).lower(),
+        cluster=str(visual[0]) if visual else "",
+        category=row["dataset"],
     )
 
 
@@ -414,11 +285,7 @@ def _parse_space10(row: Row, item_id: str) -> Item:
 
 
 def _summarise_space10(scored: Sequence[Scored], protocol: str) -> Summary:  # noqa: ARG001
-    extra = {
-        name: correct_rate(hits)
-        for name in ("single", "double")
-        if (hits := [s.verdict.score for s in scored if s.item.question_type == name])
-    }
+    extra = rates(scored, lambda item: item.question_type, ("single", "double"))
     return Summary("accuracy over all", mean_over(scored), extra)
 
 
@@ -452,4 +319,4 @@ SPACE10 = BenchmarkSpec(
     },
 )
 
-SPECS = (BLINK, CV_BENCH, EMBSPATIAL, REALWORLDQA, MMSTAR, MMMU, SITE, SPACE10)
+SPECS = (BLINK, CV_BENCH, EMBSPATIAL, SITE, SPACE10)

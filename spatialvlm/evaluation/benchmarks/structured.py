@@ -27,7 +27,7 @@ from spatialvlm.evaluation.schema import (
     Verdict,
     as_list,
     bare_letter,
-    choice_gold,
+    choice_item,
     cluster_of,
     lettered,
     number_gold,
@@ -38,10 +38,6 @@ from spatialvlm.evaluation.schema import (
 
 def _details(scored: Sequence[Scored], key: str) -> list[float]:
     return [s.verdict.details[key] for s in scored if not s.verdict.unparsed]
-
-
-def _unparsed(scored: Sequence[Scored]) -> int:
-    return sum(s.verdict.unparsed for s in scored)
 
 
 def _raw_estimate(values: Sequence[float], scored: Sequence[Scored]) -> Estimate:
@@ -90,7 +86,7 @@ def summarise_cells(scored: Sequence[Scored], protocol: str) -> Summary:  # noqa
     """Mean cell error over readable answers, and its companions."""
     errors = _details(scored, "error")
     continuous = [e for e in _details(scored, "error_continuous") if e is not None]
-    n, lost = len(scored), _unparsed(scored)
+    n, lost = len(scored), len(scored) - len(errors)
     within = [d <= 1 + st.SLACK for d in _details(scored, "chebyshev")]
     extra = {
         "mean_error": st.mean_or_none(errors),
@@ -292,9 +288,8 @@ def _parse_intern(row: Row, item_id: str) -> Item:
     if kind == "counting":
         return Item(item_id, "count", number_gold(row["answer"], item_id), kind, cluster, row=row)
     if present(row.get("options")):
-        options = lettered(row["options"])
-        gold = choice_gold(bare_letter(row["answer"]), options, item_id)
-        return Item(item_id, "choice", gold, kind, cluster, options, row=row)
+        letter, options = bare_letter(row["answer"]), lettered(row["options"])
+        return choice_item(row, item_id, letter, options, kind, cluster=cluster)
     return Item(item_id, "judged", str(row["answer"]), kind, cluster, row=row)
 
 

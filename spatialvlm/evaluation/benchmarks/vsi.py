@@ -22,7 +22,7 @@ from spatialvlm.evaluation.schema import (
     Scored,
     Summary,
     as_list,
-    choice_gold,
+    choice_item,
     cluster_of,
     lettered,
     number_gold,
@@ -63,9 +63,8 @@ def _parse(row: Row, item_id: str) -> Item:
     if kind in NUMBERS:
         gold = number_gold(row["ground_truth"], item_id)
         return Item(item_id, "number", gold, kind, cluster, row=row)
-    options = lettered(row["options"])
-    letter = choice_gold(str(row["ground_truth"]).strip(), options, item_id)
-    return Item(item_id, "choice", letter, kind, cluster, options, row=row)
+    letter, options = str(row["ground_truth"]).strip(), lettered(row["options"])
+    return choice_item(row, item_id, letter, options, kind, cluster=cluster)
 
 
 def _parse_vsti(row: Row, item_id: str) -> Item:
@@ -76,9 +75,8 @@ def _parse_vsti(row: Row, item_id: str) -> Item:
     if kind in VSTI_NUMBERS:
         gold = number_gold(row["ground_truth"], item_id)
         return Item(item_id, "number", gold, kind, cluster, row=row)
-    options = lettered(row["options"])
-    letter = choice_gold(str(row["mc_answer"]).strip(), options, item_id)
-    return Item(item_id, "choice", letter, kind, cluster, options, row=row)
+    letter, options = str(row["mc_answer"]).strip(), lettered(row["options"])
+    return choice_item(row, item_id, letter, options, kind, cluster=cluster)
 
 
 def vsi_path(question_type: str) -> tuple[str, ...]:

@@ -14,8 +14,8 @@ from spatialvlm.evaluation.benchmarks.circular import dsr_summary, mmsi_variants
 from spatialvlm.evaluation.benchmarks.multiview import inline_options
 from spatialvlm.evaluation.metrics import caa, mra
 from spatialvlm.evaluation.predictions import Prediction
+from spatialvlm.evaluation.reading import load_items
 from spatialvlm.evaluation.registry import find_spec
-from spatialvlm.evaluation.schema import load_items
 from spatialvlm.evaluation.scoring import score
 
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "scorers"
