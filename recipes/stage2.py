@@ -65,6 +65,7 @@ def main(config: TrainConfig, arguments: Arguments) -> None:
         restore=partial(build.training_mode, model),
         draw_marks=draw_marks,
     )
+    evaluate = together(build.build_held_out(config, load, model, processes), probe)
     session = build.build_session(config, run, state, guard, loader, engine, cost)
     outcome = train(
         session.run,
@@ -76,7 +77,7 @@ def main(config: TrainConfig, arguments: Arguments) -> None:
         guard=guard,
         stop=session.stop,
         watch=session.watch,
-        eval_fn=together(build.build_held_out(config, load, model, processes), probe),
+        eval_fn=build.forgiving(evaluate, run),
     )
     close_run(config, run, state, engine, session, outcome)
     return leave(processes)

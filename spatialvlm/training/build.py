@@ -30,7 +30,7 @@ from spatialvlm.scenes.blacklist import Blacklist, find_ids, load_list, shipped_
 from spatialvlm.sequence.layout import TokenLayout
 from spatialvlm.training.distributed import Processes, launched_with_deepspeed
 from spatialvlm.training.engines import Engine, Strategy, deepspeed_settings, make_engine
-from spatialvlm.training.evaluate_loss import HeldOutLoss
+from spatialvlm.training.evaluate_loss import Forgiving, HeldOutLoss
 from spatialvlm.training.export import export
 from spatialvlm.training.guard import Guard
 from spatialvlm.training.loop import EvalFn, Fetcher, Run
@@ -349,7 +349,7 @@ def build_held_out(
         }
     )
     held_out = config.model_copy(update={"data": data})
-
+    load(held_out).close()  # what cannot be read is told now, not at the first evaluation
     return HeldOutLoss(
         lambda: load(held_out),
         processes,
@@ -357,6 +357,11 @@ def build_held_out(
         tuple(source.family for source in sources),
         partial(training_mode, model),
     )
+
+
+def forgiving(evaluate: EvalFn | None, run: OpenRun) -> EvalFn | None:
+    """An evaluation whose first failure does not end the run; ``None`` stays ``None``."""
+    return None if evaluate is None else Forgiving(evaluate, run.say)
 
 
 def training_mode(model: SpatialVLM) -> None:
@@ -441,6 +446,11 @@ def build_session(
     if not state.total_steps or config.run.resume_allow:
         state.total_steps = total_steps(config, loader)
     schedule = build_schedule(config, state.total_steps)
+    if schedule.warmup_steps >= schedule.total_steps:
+        run.say(
+            f"warning: the warm-up takes all {schedule.total_steps} steps; the peak rate is reached in the last one"
+        )
+    processes.on_main(lambda: run.store.require_space(engine.groups))
     if processes.is_main:
         assert run.memory is not None
         write_plan(
@@ -503,8 +513,6 @@ def build_session(
         save=save,
         max_grad_norm=config.optim.max_grad_norm,
     )
-    stop = StopFlag()
-    stop.install()
     watch = Watchdog(
         run.path,
         processes.rank,
@@ -526,7 +534,7 @@ def build_session(
         record=record,
         save=save,
         guard=guard,
-        stop=stop,
+        stop=run.stop,
         watch=watch,
         trackers=trackers,
         progress=progress,

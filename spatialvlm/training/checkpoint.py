@@ -220,6 +220,22 @@ class CheckpointStore:
         return final
 
     def _begin(self, work: Path, groups: Sequence[Group]) -> None:
+        self._need_space(groups)
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+
+    def require_space(self, groups: Sequence[Group]) -> None:
+        """Refuse a run whose first checkpoint would not fit, before its first step.
+
+        Raises:
+            CheckpointError: Too little free space, or the folder cannot be made.
+        """
+        try:
+            self._need_space(groups)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}: {error}") from error
+
+    def _need_space(self, groups: Sequence[Group]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         expected = 12 * sum(group.numel for group in groups)
         free = shutil.disk_usage(self.folder).free
@@ -229,8 +245,6 @@ class CheckpointStore:
                 f"{free / 1e6:,.0f} MB free, {1.1 * expected / 1e6:,.0f} MB needed. Free space, or lower "
                 "checkpoint.keep_last; earlier checkpoints are untouched",
             )
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
 
     def _commit(
         self,

@@ -17,6 +17,7 @@ from pathlib import Path
 from spatialvlm.config import TrainConfig, load_config
 from spatialvlm.errors import USER_ERRORS, ConfigError, DataError, NonFiniteError
 from spatialvlm.training.rank_log import log_traceback, stop_rank_log
+from spatialvlm.training.signals import stop_listening
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,7 @@ def run_recipe(
         log_traceback()
         raise
     finally:
+        stop_listening()
         stop_rank_log()
     return 0
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spatialvlm.errors import DataError
+from spatialvlm.errors import USER_ERRORS, DataError, SpatialVLMError
 from spatialvlm.training.distributed import Processes
 from spatialvlm.training.engines import Engine
 from spatialvlm.training.loop import Fetcher
@@ -60,8 +60,7 @@ class HeldOutLoss:
         engine.model.eval()
         for _ in range(loader.num_steps):
             step = fetcher.fetch()
-            if step.error is not None:
-                raise DataError(f"evaluation.sources: {step.error}") from step.error
+            raise_on_all(self.processes, step.error)
             sums.start_step(step.denominator)
             for batch in step.batches:
                 out = engine(batch)
@@ -79,6 +78,55 @@ class HeldOutLoss:
             "eval/" + name.replace("loss/source/", "loss/"): value
             for name, value in scalars.items()
         }
+
+
+def raise_on_all(processes: Processes, error: SpatialVLMError | None) -> None:
+    """Every rank raises when one of them failed, so that nobody waits for it inside a sharded forward.
+
+    Raises:
+        DataError: With the message of the first rank that failed.
+    """
+    failed = torch.tensor([float(error is not None)], dtype=torch.float64).to(processes.device)
+    if processes.sum(failed).item():
+        first = next(e for e in processes.gather(error) if e is not None)
+        raise DataError(f"evaluation.sources: {first}") from error
+
+
+class Forgiving:
+    """One failed evaluation is reported and training goes on; a second one in a row ends the run.
+
+    Args:
+        evaluate: Function of the loop; it fails on all ranks or on none.
+        say: Tells the user.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[TrainState, Engine], dict[str, float]],
+        say: Callable[[str], None],
+    ) -> None:
+        self.evaluate = evaluate
+        self.say = say
+        self._failed = False
+
+    def __call__(self, state: TrainState, engine: Engine) -> dict[str, float]:
+        """Scalars, empty after a failure.
+
+        Raises:
+            SpatialVLMError: The evaluation before this one failed too.
+        """
+        try:
+            scalars = self.evaluate(state, engine)
+        except USER_ERRORS as error:
+            if self._failed:
+                raise
+            self._failed = True
+            self.say(
+                f"evaluation after step {state.step} failed, training goes on: {type(error).__name__}: {error}"
+            )
+            return {}
+        self._failed = False
+        return scalars
 
 
 class AnswerCounts:

@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from spatialvlm.training.optim import Group, Parts, group_table
 from spatialvlm.training.progress import duration
 from spatialvlm.training.rank_log import start_rank_log
 from spatialvlm.training.report import write_report
+from spatialvlm.training.signals import StopFlag
 from spatialvlm.training.state import (
     RunFolder,
     TrainState,
@@ -64,6 +65,8 @@ class OpenRun:
     done: bool
     """The run had finished before; there is nothing to do."""
     trust_remote_code: bool = False
+    stop: StopFlag = field(default_factory=StopFlag)
+    """Raised by a signal since the folder was opened."""
     memory: MemoryRow | None = None
     """Estimate for one device, once the model is known."""
 
@@ -170,6 +173,7 @@ def open_run(config: TrainConfig, arguments: Arguments, processes: Processes) ->
             folder.unlock()
         return run
     start_rank_log(path, processes.rank, processes.size)
+    run.stop.install()
     for name, digest in lineage.get("code", {}).items():
         run.say(f"trusted code of {config.model.init_from}: {name} sha256 {digest}")
     try:
@@ -218,6 +222,20 @@ def _choose_checkpoint(run: OpenRun) -> None:
     elif wanted != "none":
         run.checkpoint = store.verified(Path(wanted))
         run.processes.on_main(lambda: _compare(run.config, run.checkpoint))
+    if run.checkpoint is not None:
+        _same_base(run, run.checkpoint)
+
+
+def _same_base(run: OpenRun, checkpoint: Path) -> None:
+    """Frozen weights are not in a checkpoint, so it continues only on the weights it was made from."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    before, now = manifest["lineage"].get("fingerprint"), run.lineage.get("fingerprint")
+    if before != now:
+        raise CheckpointError(
+            f"{checkpoint} was trained from other weights than model.init_from={run.config.model.init_from} holds now "
+            f"(fingerprint {str(before)[:12]}, now {str(now)[:12]}). Put the original directory back, or start a new "
+            "run.dir from the changed one."
+        )
 
 
 def _enter(
@@ -364,7 +382,13 @@ def check_base(
 
 def _check_backbone(config: TrainConfig, path: Path) -> None:
     expected = backbone_config(config.model.backbone).get("model_type")
-    found = _read_json(path / "config.json", "model configuration").get("model_type")
+    values = _read_json(path / "config.json", "model configuration")
+    found = values.get("model_type")
+    if values.get("quantization_config"):
+        raise ConfigError(
+            f"model.init_from={path} holds quantised weights; they cannot be trained, with adapters or without. Use the "
+            "unquantised model; configs/*/qwen2_5vl_3b_lora.yaml fits 24 GB."
+        )
     if expected != found:
         raise ConfigError(
             f"model.init_from={path} is a {found!r} model, model.backbone={config.model.backbone} a {expected!r}. "

@@ -1,4 +1,7 @@
-"""SIGTERM, SIGINT and SIGUSR1 become a flag that all ranks agree on at the next step border."""
+"""SIGTERM, SIGINT and SIGUSR1 become a flag that all ranks agree on at the next step border.
+
+The flag is up from the moment the run folder is opened: a signal while weights load is answered at step 0.
+"""
 
 from __future__ import annotations
 
@@ -39,3 +42,10 @@ class StopFlag:
         if self.name is not None and self.name.startswith("SIG"):
             os._exit(143)
         self.name = signal.Signals(number).name
+
+
+def stop_listening() -> None:
+    """Give the signals back when a run has them; for the end of a command, whatever it was."""
+    owner = getattr(signal.getsignal(SIGNALS[0]), "__self__", None)
+    if isinstance(owner, StopFlag):
+        owner.uninstall()

@@ -89,17 +89,25 @@ class Wandb:
         settings = wandb.Settings(
             console="off", disable_git=True, save_code=False, disable_code=True, x_disable_meta=True, silent=True
         )  # fmt: skip
-        self.run: Any = wandb.init(
-            project=project,
-            entity=entity,
-            mode=mode,
-            tags=list(tags),
-            dir=str(folder),
-            config=dict(config),
-            id=run_id,
-            resume="allow",
-            settings=settings,
-        )
+        options = {
+            "project": project,
+            "entity": entity,
+            "tags": list(tags),
+            "dir": str(folder),
+            "config": dict(config),
+            "id": run_id,
+            "resume": "allow",
+            "settings": settings,
+        }
+        try:
+            self.run: Any = wandb.init(mode=mode, **options)
+        except wandb.errors.Error as error:
+            if mode == "offline":
+                raise
+            sys.stderr.write(
+                f"wandb cannot be reached ({error}); the run is logged offline, `wandb sync` uploads it later.\n"
+            )
+            self.run = wandb.init(mode="offline", **options)
 
     @property
     def run_id(self) -> str:
