@@ -1,25 +1,37 @@
-"""Lifting: what overlapped stages save, and how depth and pose noise turn into wrong answers.
+"""Lifting: what overlapped stages and shared features save, and how noise turns into wrong answers.
 
     python benchmarks/lifting.py --out benchmarks/results/lifting.json --plot benchmarks/results/lifting.svg
 
-Rooms are lifted through oracle backends with noise. For every pair of objects with unique labels that were
-found, three answers are compared with the exact ones: which is left of the other, which is in front (both
-from every frame, only where the exact margin is 0.15 m), and how far apart their centres are.
+Speed: four stages of 20 ms for 50 items one after the other and overlapped (wall seconds); segmenting and
+refining the masks of the same frames with SAM 2 (the real class, random weights, a small encoder) with and
+without shared image embeddings, and lifting the same video twice with a feature store (CPU seconds).
+
+Noise: rooms are lifted through oracle backends. For every pair of objects with unique labels, three answers are
+compared with the exact ones: which is left of the other, which is in front (both from every frame, only where
+the exact margin is 0.15 m), and how far apart their centres are. The label error counts an answer as wrong when
+it differs or when one of the objects was not found.
 """
 
 import argparse
 import json
 import os
+import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 
+from spatialvlm.scenes.lifting.agreement import Agreement, agreement
+from spatialvlm.scenes.lifting.features import FeatureStore
 from spatialvlm.scenes.lifting.lift import lift_video
 from spatialvlm.scenes.lifting.oracle import Noise, Oracle, View
 from spatialvlm.scenes.lifting.pipeline import Stage, run_stages
+from spatialvlm.scenes.lifting.protocols import Detection
 from spatialvlm.scenes.rooms.build import (
     RenderConfig,
     RoomSpec,
@@ -30,11 +42,18 @@ from spatialvlm.scenes.rooms.build import (
 )
 from spatialvlm.scenes.schema import Scene
 
-MARGIN_M = 0.15
 LEVELS = {
     "depth": [Noise(depth_rel=value) for value in (0.0, 0.05, 0.10, 0.20)],
     "pose": [Noise(rotation_deg=30 * v, translation_m=v) for v in (0.0, 0.05, 0.10, 0.20)],
 }
+SAM_FRAMES = 4
+
+
+def cpu_seconds(call: Callable[[], object]) -> float:
+    """CPU time of one call."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
 
 
 def overlap() -> dict[str, float]:
@@ -52,118 +71,192 @@ def overlap() -> dict[str, float]:
     for item in range(50):
         for stage in stages:
             stage.call([item])
-    return {"overlapped_s": overlapped, "serial_s": time.perf_counter() - start}
+    serial = time.perf_counter() - start
+    return {"overlapped_s": overlapped, "serial_s": serial, "speed_up": serial / overlapped}
 
 
-def agreement(truth: Scene, lifted: Scene) -> dict[str, list[float]]:
-    """Answers on the lifted scene against those on the true one."""
+def save_sam2(path: Path) -> None:
+    """A SAM 2 checkpoint with random weights: small, but most of its time goes into the image encoder."""
+    from transformers import (
+        Sam2Config,
+        Sam2HieraDetConfig,
+        Sam2ImageProcessor,
+        Sam2MaskDecoderConfig,
+        Sam2Model,
+        Sam2Processor,
+        Sam2PromptEncoderConfig,
+        Sam2VisionConfig,
+    )
 
-    def unique(scene: Scene) -> dict[str, np.ndarray]:
-        labels = [o.label for o in scene.objects]
-        return {o.label: o.center for o in scene.objects if labels.count(o.label) == 1}
+    hiera = Sam2HieraDetConfig(
+        hidden_size=48, num_attention_heads=1, image_size=[512, 512], blocks_per_stage=[1, 2, 5, 1],
+        embed_dim_per_stage=[48, 96, 192, 384], num_attention_heads_per_stage=[1, 2, 4, 8],
+        window_size_per_stage=[8, 4, 14, 7], window_positional_embedding_background_size=[7, 7],
+        global_attention_blocks=[5],
+    )  # fmt: skip
+    vision = Sam2VisionConfig(
+        backbone_config=hiera, backbone_channel_list=[384, 192, 96, 48],
+        backbone_feature_sizes=[[128, 128], [64, 64], [32, 32]], fpn_hidden_size=128,
+    )  # fmt: skip
+    config = Sam2Config(
+        vision_config=vision,
+        prompt_encoder_config=Sam2PromptEncoderConfig(hidden_size=128, image_size=512),
+        mask_decoder_config=Sam2MaskDecoderConfig(
+            hidden_size=128, mlp_dim=512, iou_head_hidden_dim=128
+        ),
+    )
+    Sam2Model(config).save_pretrained(path)
+    size = {"height": 512, "width": 512}
+    processor = Sam2ImageProcessor(size=size, mask_size={"height": 128, "width": 128})
+    Sam2Processor(processor, target_size=512).save_pretrained(path)
 
-    exact, found = unique(truth), unique(lifted)
-    shared = sorted(set(exact) & set(found))
-    result: dict[str, list[float]] = {"left_right": [], "front_behind": [], "distance_error": []}
-    result["found"] = [len(shared) / max(1, len(exact))]
-    for i, a in enumerate(shared):
-        for b in shared[:i]:
-            true_distance = np.linalg.norm(exact[a] - exact[b])
-            distance = np.linalg.norm(found[a] - found[b])
-            result["distance_error"].append(abs(distance - true_distance) / true_distance)
-            for true_frame, frame in zip(truth.frames, lifted.frames, strict=True):
-                true_ab = true_frame.camera.level_frame("y")[:3, :3] @ (exact[a] - exact[b])
-                ab = frame.camera.level_frame("y")[:3, :3] @ (found[a] - found[b])
-                for name, axis in (("left_right", 0), ("front_behind", 1)):
-                    if abs(true_ab[axis]) > MARGIN_M:
-                        result[name].append(float(np.sign(ab[axis]) == np.sign(true_ab[axis])))
-    return result
+
+def sharing() -> dict[str, float]:
+    """CPU seconds of two rounds of masks (segment, refine) on the same frames."""
+    from spatialvlm.scenes.lifting.hf_backends import Sam2Segmenter
+
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (SAM_FRAMES, 240, 320, 3)).astype(np.uint8)
+    boxes = [[Detection("a", (20, 30, 120, 160), 1.0)] for _ in images]
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        save_sam2(Path(folder))
+        for name, store in (("alone_s", None), ("shared_s", FeatureStore())):
+            segmenter = Sam2Segmenter(folder, store=store)
+            segmenter.segment(images[:1, ::-1].copy(), boxes[:1])  # warm up on another picture
+
+            def rounds(segmenter: Sam2Segmenter = segmenter) -> None:
+                for _ in range(2):
+                    segmenter.segment(images, boxes)
+
+            found[name] = cpu_seconds(rounds)
+    return {**found, "speed_up": found["alone_s"] / found["shared_s"]}
 
 
-def curve(rooms: int, frames: int) -> dict[str, list[dict[str, float]]]:
-    """Mean agreement for every noise level."""
-    config = RenderConfig(num_frames=frames, width=192, height=144)
-    captured = []
-    for seed in range(rooms):
-        model = draw_room(RoomSpec(seed))
-        pictures = [
-            render_view(model, c, noise_seed=i) for i, c in enumerate(draw_cameras(model, config))
-        ]
-        views = [View(p.rgb, p.raster.depth, p.raster.ids, p.camera) for p in pictures]
-        captured.append((make_scene(model, pictures, config, stored=False), views))
+def rerun(scene: Scene, views: list[View]) -> dict[str, float]:
+    """Backend calls and CPU seconds of lifting one video, and of lifting it again from the store."""
+    oracle = Oracle(scene, views)
+    images = np.stack([view.image for view in views])
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("first", "second"):
+            oracle.calls = 0
+            store = FeatureStore(Path(folder))
+            found[f"{name}_s"] = cpu_seconds(
+                lambda store=store: lift_video(
+                    images, oracle.backends(), scene_id="lifted/x", store=store
+                )
+            )
+            found[f"{name}_calls"] = oracle.calls
+    return found
+
+
+def capture(seed: int, config: RenderConfig) -> tuple[Scene, list[View]]:
+    """A room and what an oracle knows of its frames."""
+    model = draw_room(RoomSpec(seed))
+    pictures = [
+        render_view(model, c, noise_seed=i) for i, c in enumerate(draw_cameras(model, config))
+    ]
+    views = [View(p.rgb, p.raster.depth, p.raster.ids, p.camera) for p in pictures]
+    return make_scene(model, pictures, config, stored=False), views
+
+
+def curve(rooms: list[tuple[Scene, list[View]]]) -> dict[str, list[dict[str, float]]]:
+    """Mean agreement over rooms for every noise level."""
     curves: dict[str, list[dict[str, float]]] = {}
     for kind, levels in LEVELS.items():
         curves[kind] = []
         for noise in levels:
-            collected: dict[str, list[float]] = {}
-            for truth, views in captured:
-                oracle = Oracle(truth, views, noise)
+            results: list[Agreement] = []
+            for truth, views in rooms:
                 images = np.stack([view.image for view in views])
-                lifted = lift_video(images, oracle.backends(), scene_id="lifted/room")
-                for name, values in agreement(truth, lifted).items():
-                    collected.setdefault(name, []).extend(values)
-            level = noise.depth_rel if kind == "depth" else noise.translation_m
-            point = {"level": level, "pairs": float(len(collected["distance_error"]))}
-            point["found"] = float(np.mean(collected["found"]))
-            point["left_right"] = float(np.mean(collected["left_right"] or [0]))
-            point["front_behind"] = float(np.mean(collected["front_behind"] or [0]))
-            point["distance_error"] = float(np.median(collected["distance_error"] or [np.nan]))
+                oracle = Oracle(truth, views, noise)
+                lifted = lift_video(images, oracle.backends(), scene_id="lifted/x").scene
+                results.append(agreement(truth, lifted))
+            point = {"level": noise.depth_rel if kind == "depth" else noise.translation_m}
+            for name in asdict(results[0]):
+                point[name] = float(np.nanmean([getattr(r, name) for r in results]))
+            point["label_error"] = float(np.mean([r.label_error for r in results]))
             curves[kind].append(point)
             print(kind, {key: round(value, 3) for key, value in point.items()}, flush=True)
     return curves
 
 
+COLORS = {
+    "label_error": "#d62728",
+    "found": "#2ca02c",
+    "left_right": "#1f77b4",
+    "front_behind": "#9467bd",
+}
+NAMES = {
+    "label_error": "wrong or missing answers",
+    "found": "objects found",
+    "left_right": "left / right equal",
+    "front_behind": "front / behind equal",
+}
+TITLES = {
+    "depth": "relative depth noise",
+    "pose": "pose noise per frame: metres (and 30 degrees per metre)",
+}
+
+
 def plot(curves: dict[str, list[dict[str, float]]]) -> str:
-    """Two small line charts as SVG: share of equal answers over the noise level."""
-    colors = {"left_right": "#1f77b4", "front_behind": "#d62728", "found": "#2ca02c"}
-    titles = {"depth": "relative depth noise", "pose": "pose noise (m, and 30 degrees per m)"}
+    """Two line charts as SVG: shares over the noise level."""
     parts = []
     for column, (kind, points) in enumerate(curves.items()):
-        left, top, width, height = 50 + 340 * column, 30, 270, 200
+        left, top, width, height = 52 + 380 * column, 36, 300, 210
         highest = max(p["level"] for p in points)
-        parts.append(f"<text x='{left}' y='20' font-size='13'>{titles[kind]}</text>")
-        for share in (0.0, 0.5, 1.0):
+        parts.append(f"<text x='{left}' y='22' font-size='13'>{TITLES[kind]}</text>")
+        for share in (0.0, 0.25, 0.5, 0.75, 1.0):
             y = top + height * (1 - share)
             parts.append(f"<line x1='{left}' x2='{left + width}' y1='{y}' y2='{y}' stroke='#ddd'/>")
-            parts.append(f"<text x='{left - 30}' y='{y + 4}' font-size='11'>{share:.0%}</text>")
-        for name, color in colors.items():
-            line = " ".join(
-                f"{left + width * p['level'] / highest:.1f},{top + height * (1 - p[name]):.1f}"
-                for p in points
+            parts.append(
+                f"<text x='{left - 6}' y='{y + 4}' font-size='11' text-anchor='end'>{share:.0%}</text>"
             )
+        for name, color in COLORS.items():
+            at = [
+                (left + width * p["level"] / highest, top + height * (1 - p[name])) for p in points
+            ]
+            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
             parts.append(
                 f"<polyline points='{line}' fill='none' stroke='{color}' stroke-width='2'/>"
             )
+            parts += [f"<circle cx='{x:.1f}' cy='{y:.1f}' r='3' fill='{color}'/>" for x, y in at]
         for p in points:
             x = left + width * p["level"] / highest
             parts.append(
-                f"<text x='{x - 10:.0f}' y='{top + height + 16}' font-size='11'>{p['level']:g}</text>"
+                f"<text x='{x:.0f}' y='{top + height + 17}' font-size='11' text-anchor='middle'>"
+                f"{p['level']:g}</text>"
             )
-    for row, (name, color) in enumerate(colors.items()):
-        parts.append(
-            f"<text x='{60 + 130 * row}' y='275' font-size='12' fill='{color}'>{name.replace('_', ' / ')}</text>"
-        )
+    for row, (name, color) in enumerate(COLORS.items()):
+        x = 52 + 180 * row
+        parts.append(f"<rect x='{x}' y='278' width='12' height='12' fill='{color}'/>")
+        parts.append(f"<text x='{x + 18}' y='288' font-size='12'>{NAMES[name]}</text>")
     return (
-        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 700 285' font-family='sans-serif'>"
-        f"<rect width='700' height='285' fill='#fff'/>{''.join(parts)}</svg>"
+        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 770 302' font-family='sans-serif'>"
+        f"<rect width='770' height='302' fill='#fff'/>{''.join(parts)}</svg>"
     )
 
 
 def main() -> None:
-    """Run both and write the results."""
+    """Run everything and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rooms", type=int, default=8)
+    parser.add_argument("--rooms", type=int, default=4)
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
+    config = RenderConfig(num_frames=arguments.frames, width=192, height=144)
+    rooms = [capture(seed, config) for seed in range(arguments.rooms)]
     result = {
         "overlap": overlap(),
+        "sharing": sharing(),
+        "rerun": rerun(*rooms[0]),
         "rooms": arguments.rooms,
         "frames": arguments.frames,
-        "noise": curve(arguments.rooms, arguments.frames),
     }
-    print(json.dumps(result["overlap"]))
+    print(json.dumps(result), flush=True)
+    result["noise"] = curve(rooms)
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.plot:

@@ -86,6 +86,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--frames", default="32", help="evenly spaced frames per scene, or 'all'")
     parser.add_argument("--upright", action="store_true", help="turn sideways images")
+    parser.add_argument(
+        "--mesh-depth",
+        action="store_true",
+        help="depth from the mesh of the scan for frames without (scannet, scannetpp, arkitscenes)",
+    )
     parser.add_argument("--occupancy", choices=("robust", "openspatial", "none"), default="robust")
     parser.add_argument(
         "--blacklist", type=Path, action="append", default=[], help="further block list"
@@ -131,6 +136,7 @@ def main() -> int:
         upright=arguments.upright,
         occupancy=arguments.occupancy,
         media=out / "media",
+        mesh_depth=arguments.mesh_depth,
         rgb_root=arguments.rgb_root and arguments.rgb_root.resolve(),
     )
     try:

@@ -45,6 +45,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--grammar", help="only this layout grammar of the split")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first room")
     parser.add_argument("--ssaa", type=int, default=2, help="colour samples per pixel side")
+    parser.add_argument(
+        "--renderer",
+        choices=("numpy", "cycles"),
+        default="numpy",
+        help="cycles: path-traced colours by Blender (pip install bpy), seconds per frame",
+    )
     parser.add_argument("--twins", type=float, default=0.0, help="share of rooms that get a twin")
     parser.add_argument("--no-depth", action="store_true", help="do not store depth images")
     parser.add_argument("--workers", type=int, default=2)
@@ -81,6 +87,7 @@ def main() -> int:
         height=arguments.size,
         ssaa=arguments.ssaa,
         depth=not arguments.no_depth,
+        renderer=arguments.renderer,
     )
     specs = [
         RoomSpec(arguments.seed + i, arguments.split, arguments.preset, arguments.grammar)

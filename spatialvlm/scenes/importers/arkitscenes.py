@@ -27,6 +27,7 @@ from spatialvlm.scenes.importers.common import (
     quarter_turns_to_upright,
     turn_scene,
 )
+from spatialvlm.scenes.importers.mesh_depth import add_mesh_depth
 from spatialvlm.scenes.schema import Frame, Scene
 from spatialvlm.scenes.transforms import Array, invert_rigid, rigid
 
@@ -58,7 +59,7 @@ def read_scene(root: Path, name: str, options: ImportOptions, report: ImportRepo
     folder = root / name
     video = folder.name
     meta = _metadata(root).get(video, {})
-    visit = meta.get("visit_id", "")
+    visit, mesh = meta.get("visit_id", ""), folder / f"{video}_3dod_mesh.ply"
     scene = Scene(
         scene_id=f"arkitscenes/{video}",
         # The tables say NA where the visit is not known.
@@ -68,9 +69,11 @@ def read_scene(root: Path, name: str, options: ImportOptions, report: ImportRepo
         frames=_frames(folder / f"{video}_frames", options, report),
         split={"Training": "train", "Validation": "val"}.get(name.split("/")[0], "test"),
         license=LICENSE,
-        room=scanned_room(folder / f"{video}_3dod_mesh.ply"),
+        room=scanned_room(mesh),
+        mesh=f"../{mesh.name}" if mesh.is_file() else None,
         root=folder / f"{video}_frames",
     )
+    scene = add_mesh_depth(scene, options, report)
     if options.upright:
         turns = SKY_TURNS.get(meta.get("sky_direction", ""))
         scene = turn_scene(

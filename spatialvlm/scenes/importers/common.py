@@ -58,6 +58,8 @@ class ImportOptions:
     occupancy: OccupancyRule = "robust"
     media: Path | None = None
     """Folder for pictures that have to be extracted or turned; beside the scene when ``None``."""
+    mesh_depth: bool = False
+    """Cast depth from the mesh of the scan for frames that have none (needs embreex)."""
     rgb_root: Path | None = None
     """Imported scenes of the source datasets, whose frames boxes without images borrow (VLA-3D)."""
 

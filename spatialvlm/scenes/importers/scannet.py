@@ -27,6 +27,7 @@ from spatialvlm.scenes.importers.common import (
     measure_visibility,
     stored_size,
 )
+from spatialvlm.scenes.importers.mesh_depth import add_mesh_depth
 from spatialvlm.scenes.importers.sens import SensReader
 from spatialvlm.scenes.obb_fit import fit_upright_box
 from spatialvlm.scenes.ply import read_vertices
@@ -71,8 +72,10 @@ def read_scene(root: Path, name: str, options: ImportOptions, report: ImportRepo
         frames=frames,
         license=LICENSE,
         room=room_of_points(vertices),
+        mesh=f"{native}_vh_clean_2.ply",
         root=folder,
     )
+    scene = add_mesh_depth(scene, options, report, world_from_mesh=align)
     return measure_visibility(scene, report, occupancy=options.occupancy)
 
 

@@ -31,9 +31,11 @@ from spatialvlm.scenes.importers.common import (
     measure_visibility,
     stored_size,
 )
+from spatialvlm.scenes.importers.mesh_depth import add_mesh_depth
 from spatialvlm.scenes.schema import Frame, Scene
 
 LICENSE = "ScanNet++-TOU"
+MESH = "scans/mesh_aligned_0.05.ply"
 DEPTH_SHAPE = (192, 256)
 READ_BYTES = 2**20
 FLIP_YZ = np.diag([1.0, -1.0, -1.0, 1.0])
@@ -88,9 +90,11 @@ def read_scene(root: Path, name: str, options: ImportOptions, report: ImportRepo
         objects=objects.finish(),
         frames=frames,
         license=LICENSE,
-        room=scanned_room(folder / "scans" / "mesh_aligned_0.05.ply"),
+        room=scanned_room(folder / MESH),
+        mesh=MESH if (folder / MESH).is_file() else None,
         root=folder,
     )
+    scene = add_mesh_depth(scene, options, report)
     return measure_visibility(scene, report, occupancy=options.occupancy)
 
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from spatialvlm.scenes.io import save_scene, write_atomic
+from spatialvlm.scenes.render.blender import CyclesRenderer
 from spatialvlm.scenes.render.raster import rasterise
 from spatialvlm.scenes.rooms import paths
 from spatialvlm.scenes.rooms.appearance import COLORS
@@ -151,7 +152,10 @@ def build_room(spec: RoomSpec, config: RenderConfig | None = None) -> Scene:
 
 def cache_key(spec: RoomSpec, config: RenderConfig) -> str:
     """Hash of everything that decides the files of a room."""
-    text = json.dumps([CODE_VERSION, asdict(spec), asdict(config), COLORS], sort_keys=True)
+    settings = asdict(config)
+    if config.renderer == "numpy":
+        del settings["renderer"]  # keys from before there was a choice stay valid
+    text = json.dumps([CODE_VERSION, asdict(spec), settings, COLORS], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
@@ -175,8 +179,15 @@ def write_room(spec: RoomSpec, folder: Path, config: RenderConfig) -> Scene:
     model = draw_model(spec, config)
     target = folder / spec.name
     pictures = []
+    cycles = None
+    if config.renderer == "cycles":
+        cycles = CyclesRenderer(model.mesh, model.lighting, model.textures)
     for index, camera in enumerate(draw_cameras(model, config)):
-        picture = render_view(model, camera, ssaa=config.ssaa, noise_seed=spec.seed * 1000 + index)
+        if cycles is not None:
+            picture = Picture(camera, cycles.rgb(camera), rasterise(model.mesh, camera))
+        else:
+            noise_seed = spec.seed * 1000 + index
+            picture = render_view(model, camera, ssaa=config.ssaa, noise_seed=noise_seed)
         pictures.append(picture)
         _write_picture(target, f"{index:05d}", picture, config)
     scene = make_scene(model, pictures, config, stored=True)

@@ -1,7 +1,7 @@
 """A room from its seed: layout, mesh, lights, cameras, and pictures of it."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +64,8 @@ class RenderConfig:
     depth: bool = True
     """Also store 16-bit depth in millimetres."""
     jpeg_quality: int = 92
+    renderer: Literal["numpy", "cycles"] = "numpy"
+    """Who draws the colours: the built-in rasteriser, or Blender's path tracer (needs ``bpy``, slow)."""
 
 
 @dataclass(frozen=True, eq=False)

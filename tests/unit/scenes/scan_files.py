@@ -74,6 +74,55 @@ def write_ply(path, vertices, binary=True):
     path.write_bytes(header.encode() + body)
 
 
+def write_mesh(path, vertices, triangles, binary=True):
+    """PLY mesh with a property after the list of corners, as scan meshes have them."""
+    head = f"ply\nformat {'binary_little_endian' if binary else 'ascii'} 1.0\nelement vertex {len(vertices)}\n"
+    head += "property float x\nproperty float y\nproperty float z\n"
+    head += f"element face {len(triangles)}\nproperty list uchar int vertex_indices\nproperty uchar red\nend_header\n"
+    if binary:
+        faces = np.zeros(len(triangles), dtype=[("n", "u1"), ("v", "<i4", 3), ("red", "u1")])
+        faces["n"], faces["v"] = 3, triangles
+        body = np.asarray(vertices).astype("<f4").tobytes() + faces.tobytes()
+    else:
+        rows = [" ".join(map(str, v)) for v in np.asarray(vertices).tolist()]
+        rows += [f"3 {a} {b} {c} 7" for a, b, c in np.asarray(triangles).tolist()]
+        body = ("\n".join(rows) + "\n").encode()
+    path.write_bytes(head.encode() + body)
+
+
+def box_triangles(boxes):
+    """Corners and two triangles per side of all boxes."""
+    sides = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
+    triangles = [
+        [8 * i + a, 8 * i + b, 8 * i + c]
+        for i in range(len(boxes))
+        for s in sides
+        for a, b, c in ((s[0], s[1], s[2]), (s[0], s[2], s[3]))
+    ]
+    return np.concatenate([box.corners for box in boxes]), np.array(triangles)
+
+
+def write_scannetpp_dslr(root, *, bad_frame=False):
+    """DSLR pictures with nerfstudio transforms; no depth."""
+    folder = root / "0a1b2c3d4e"
+    scannetpp_annotation(folder)
+    k = views()[0].camera.intrinsics
+    content = {
+        "fl_x": k[0, 0], "fl_y": k[1, 1], "cx": k[0, 2], "cy": k[1, 2], "w": WIDTH, "h": HEIGHT, "frames": [],
+    }  # fmt: skip
+    for index, view in enumerate(views()):
+        opengl = view.camera.world_from_cam @ np.diag([1.0, -1, -1, 1])
+        content["frames"].append(
+            {"file_path": f"DSC{index:05d}.JPG", "transform_matrix": opengl.tolist()}
+        )
+        picture(folder / "dslr" / "undistorted_images" / f"DSC{index:05d}.JPG")
+    if bad_frame:
+        content["frames"].append({**content["frames"][0], "file_path": "DSC9.JPG", "is_bad": True})
+    (folder / "dslr" / "nerfstudio").mkdir(parents=True)
+    (folder / "dslr" / "nerfstudio" / "transforms_undistorted.json").write_text(json.dumps(content))
+    return folder
+
+
 def write_scannet(root, *, exported=False, poses=None):
     """A scan in raw (not axis-aligned) coordinates."""
     name = "scene9000_01"

@@ -4,7 +4,6 @@ One small world (two boxes on a floor, two cameras) is written in every format; 
 that world, whatever the axes, units and pixel conventions of the format.
 """
 
-import json
 import struct
 
 import numpy as np
@@ -15,19 +14,22 @@ from spatialvlm.scenes.importers import arkitscenes, hypersim, scannet, scannetp
 from spatialvlm.scenes.importers.common import ImportOptions, ImportReport, rebase
 from spatialvlm.scenes.importers.sens import SensReader
 from spatialvlm.scenes.io import load_depth, load_instances, load_rgb, load_scene, save_scene
-from spatialvlm.scenes.ply import read_vertices
+from spatialvlm.scenes.ply import read_mesh, read_vertices
+from spatialvlm.scenes.render.raycast import cast_boxes
 from tests.unit.scenes.scan_files import (
     BOXES,
+    FLOOR,
     HEIGHT,
     LABELS,
     WIDTH,
-    picture,
-    scannetpp_annotation,
+    box_triangles,
     views,
     write_arkit,
     write_hypersim,
+    write_mesh,
     write_ply,
     write_scannet,
+    write_scannetpp_dslr,
     write_scannetpp_iphone,
 )
 
@@ -127,32 +129,52 @@ def test_scannetpp_iphone(tmp_path, depth_form):
 
 
 def test_scannetpp_dslr_axes(tmp_path):
-    folder = tmp_path / "raw" / "0a1b2c3d4e"
-    scannetpp_annotation(folder)
-    k = views()[0].camera.intrinsics
-    content = {
-        "fl_x": k[0, 0],
-        "fl_y": k[1, 1],
-        "cx": k[0, 2],
-        "cy": k[1, 2],
-        "w": WIDTH,
-        "h": HEIGHT,
-        "frames": [],
-    }
-    for index, view in enumerate(views()):
-        opengl = view.camera.world_from_cam @ np.diag([1.0, -1, -1, 1])
-        content["frames"].append(
-            {"file_path": f"DSC{index:05d}.JPG", "transform_matrix": opengl.tolist()}
-        )
-        picture(folder / "dslr" / "undistorted_images" / f"DSC{index:05d}.JPG")
-    content["frames"].append({**content["frames"][0], "file_path": "DSC9.JPG", "is_bad": True})
-    (folder / "dslr" / "nerfstudio").mkdir(parents=True)
-    (folder / "dslr" / "nerfstudio" / "transforms_undistorted.json").write_text(json.dumps(content))
+    write_scannetpp_dslr(tmp_path / "raw", bad_frame=True)
     report = ImportReport()
     (scene,) = scannetpp.iter_scenes(tmp_path / "raw", ImportOptions(), report)
     assert report.counters["bad_frame"] == 1
     assert all(frame.extra["unfiltered"] for frame in scene.frames)
     check_world(scene, tmp_path)
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_depth_from_the_mesh_of_the_scan(tmp_path, binary):
+    """DSLR frames have no depth: embree casts the mesh, and visibility is measured."""
+    pytest.importorskip("embreex", reason="needs the extra 'scenes'")
+    folder = write_scannetpp_dslr(tmp_path / "raw")
+    mesh = folder / "scans" / "mesh_aligned_0.05.ply"
+    write_mesh(mesh, *box_triangles([*BOXES, FLOOR]), binary)
+    report = ImportReport()
+    options = ImportOptions(mesh_depth=True, media=tmp_path / "media")
+    (scene,) = scannetpp.iter_scenes(tmp_path / "raw", options, report)
+    assert report.counters == {"mesh_depth": 2}
+    for frame, view in zip(scene.frames, views(), strict=True):
+        depth, _ = cast_boxes([*BOXES, FLOOR], view.camera)
+        stored = load_depth(scene, frame)
+        assert (np.abs(stored - depth) < 2e-3).mean() > 0.99
+        assert "unfiltered" not in frame.extra
+        assert frame.vis(0).occupancy
+    data = mesh.read_bytes()
+    mesh.write_bytes(data[:-40])
+    with pytest.raises(ImporterError, match="aligned"):
+        list(scannetpp.iter_scenes(tmp_path / "raw", options, ImportReport()))
+    mesh.unlink()
+    with pytest.raises(ImporterError, match="needs the mesh of the scan"):
+        list(scannetpp.iter_scenes(tmp_path / "raw", options, ImportReport()))
+
+
+def test_meshes_that_are_none(tmp_path):
+    write_ply(tmp_path / "points.ply", np.zeros((4, 3)))
+    with pytest.raises(ImporterError, match="has no faces"):
+        read_mesh(tmp_path / "points.ply")
+    write_mesh(tmp_path / "a.ply", np.zeros((3, 3)), [[0, 1, 7]])
+    with pytest.raises(ImporterError, match="names vertex 7 of 3"):
+        read_mesh(tmp_path / "a.ply")
+    data = (tmp_path / "a.ply").read_bytes()
+    at = data.index(b"end_header\n") + len(b"end_header\n") + 36
+    (tmp_path / "a.ply").write_bytes(data[:at] + b"\x04" + data[at + 1 :])
+    with pytest.raises(ImporterError, match="not all triangles"):
+        read_mesh(tmp_path / "a.ply")
 
 
 def test_arkitscenes(tmp_path):
