@@ -14,6 +14,7 @@ Exit codes: 2 configuration or checkpoint, 3 data.
 import argparse
 import json
 import sys
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -52,35 +53,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def inspect(config: TrainConfig, args: argparse.Namespace) -> str:
     """The page."""
-    from spatialvlm.data.build import build_data
     from spatialvlm.data.page import Page
     from spatialvlm.data.sample import World
-    from spatialvlm.models.build import build_layout
-    from spatialvlm.models.directory import find_folder
     from spatialvlm.synthesis.formats import DIALECT_OF, FormatExpander
     from spatialvlm.synthesis.marks import draw_marks
-    from spatialvlm.training.build import SceneLists
-    from spatialvlm.typing import CostCoefficients
+    from spatialvlm.training.preview import preview_loader
 
     names = [source.name for source in config.data.sources]
     if args.source is not None and args.source not in names:
         raise ConfigError(f"--source {args.source}: the recipe has {', '.join(names)}")
-    folder = find_folder(config.model.init_from)
-    blocked = SceneLists(config.data.decontamination.lists)
-    layout = build_layout(folder, config.geometry)
-    loader = build_data(
+    loader = preview_loader(
         config,
-        folder,
-        layout,
-        CostCoefficients(
-            1.0, 0.0, 0.0, 0.0, 0.0
-        ),  # packs by tokens; tools/plan_data.py knows FLOPs
         World(0, args.world),
-        blocked=blocked,
-        blocked_key=blocked.key,
+        expand_format=lambda family: FormatExpander(
+            DIALECT_OF[family], marked=config.data.marked_formats
+        ),
+        report=partial(print, file=sys.stderr),
         draw_marks=draw_marks,
-        expand_format=FormatExpander(DIALECT_OF[layout.family], marked=config.data.marked_formats),
-        report=lambda text: print(text, file=sys.stderr),
     )
     page = Page(
         f"Data of {args.config.name}",
@@ -97,38 +86,33 @@ def inspect(config: TrainConfig, args: argparse.Namespace) -> str:
 
 def add_overview(page: Any, loader: Any, chosen: list[int]) -> None:
     """Source table and mixture."""
-    from spatialvlm.data.page import shares_figure, table
+    from spatialvlm.data.page import shares_figure, shares_table, table
     from spatialvlm.data.summary import source_summary
 
     rows = []
     for number in chosen:
         s = source_summary(loader.lengths, loader.mixture, number)
-        left_out = (
-            ", ".join(f"{reason} {count}" for reason, count in s["rejected"].items()) or "none"
-        )
+        left_out = [f"{reason} {count}" for reason, count in s["rejected"].items()]
+        notes = [f"{name.replace('_', ' ')} {count}" for name, count in s["notes"].items()]
         rows.append([
-            s["source"], s["family"], s["format"], f"{s['rows']:,}", f"{s['drawn_rows']:,}", f"{s['tokens']['p50']:,}",
-            f"{s['tokens']['max']:,}", f"{s['label_tokens']['p50']:,}", left_out,
+            s["source"], s["family"], s["format"], s["rows"], s["drawn_rows"], s["tokens"]["p50"], s["tokens"]["max"],
+            s["label_tokens"]["p50"], ", ".join(left_out) or "none", ", ".join(notes) or "none",
         ])  # fmt: skip
-    head = [
-        "source",
-        "family",
-        "format",
-        "rows",
-        "drawn",
-        "tokens p50",
-        "tokens max",
-        "labels p50",
-        "left out",
-    ]
-    page.add("<h2>Sources</h2>" + table(head, rows, wide=8))
+    head = (
+        "source", "family", "format", "rows", "drawn", "tokens p50", "tokens max", "labels p50", "left out", "notes",
+    )  # fmt: skip
+    page.add("<h2>Sources</h2>" + table(head, rows))
     count = min(MIXTURE_DRAWS, max(loader.mixture.length, 1))
     draws = loader.mixture.draws(0, count)
     shares = loader.shares(draws, loader.lengths.lookup(draws))
     units = {
         unit: getattr(shares, unit) for unit in ("samples", "tokens", "label_tokens", "patches")
     }
-    page.add(f"<h2>Mixture of the first {count:,} samples</h2>" + shares_figure(units))
+    page.add(
+        f"<h2>Mixture of the first {count:,} samples</h2>"
+        + shares_figure(units)
+        + shares_table(units)
+    )
     for text in loader.mixture.warnings:
         page.add(f"<p class=note>{escape(text)}</p>")
 
@@ -183,9 +167,7 @@ def add_source(page: Any, loader: Any, number: int, num: int) -> None:
         try:
             pixels = load_pixels(sample, fitted.media, store, encoder.layout, encoder.draw_marks)
         except DataError as error:
-            page.add(
-                table(["uid", "reason", "message"], [[sample.uid, error.reason, error]], wide=2)
-            )
+            page.add(table(["uid", "reason", "message"], [[sample.uid, error.reason, error]]))
             continue
         file = index.source.files[int(index.column("file")[row])]
         where = f"{file}, row {int(index.column('row')[row])}"
@@ -195,7 +177,7 @@ def add_source(page: Any, loader: Any, number: int, num: int) -> None:
         for row in np.flatnonzero(loader.lengths.reasons[number])[:REJECTS_SHOWN].tolist()
     ]
     if rejects:
-        page.add("<h3>Left out</h3>" + table(["uid", "reason", "message"], rejects, wide=2))
+        page.add("<h3>Left out</h3>" + table(["uid", "reason", "message"], rejects))
 
 
 def index_rejects(index: Any) -> list[list[str]]:

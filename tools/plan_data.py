@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -59,31 +60,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def plan(config: TrainConfig, args: argparse.Namespace) -> dict[str, Any]:
     """Everything the tool prints, as plain values."""
-    from spatialvlm.data.build import build_data
     from spatialvlm.data.sample import World
     from spatialvlm.data.summary import PlanSummary, source_summary
-    from spatialvlm.models.build import build_layout
-    from spatialvlm.models.directory import find_folder
     from spatialvlm.synthesis.formats import DIALECT_OF, FormatExpander
-    from spatialvlm.training.build import SceneLists
+    from spatialvlm.training.preview import preview_loader
 
-    folder = find_folder(config.model.init_from)
-    cost = recipe_cost(config, folder)
-    blocked = SceneLists(config.data.decontamination.lists)
-    layout = build_layout(folder, config.geometry)
     started = time.perf_counter()
-    loader = build_data(
+    loader = preview_loader(
         config,
-        folder,
-        layout,
-        cost,
         World(0, args.world),
-        blocked=blocked,
-        blocked_key=blocked.key,
-        expand_format=FormatExpander(DIALECT_OF[layout.family], marked=config.data.marked_formats),
+        expand_format=lambda family: FormatExpander(
+            DIALECT_OF[family], marked=config.data.marked_formats
+        ),
+        report=partial(print, file=sys.stderr),
         workers=args.workers,
         verify_files=args.verify == "full",
-        report=lambda text: print(text, file=sys.stderr),
     )
     built_s = time.perf_counter() - started
     total = loader.num_steps
@@ -93,7 +84,7 @@ def plan(config: TrainConfig, args: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     shares: dict[str, dict[str, int]] = {}
     for steps_plan, draws, sizes, _ in islice(loader.plans(), wanted):
-        summary.add(steps_plan, draws, sizes, cost)
+        summary.add(steps_plan, draws, sizes, loader.cost)
         for unit in ("samples", "tokens", "label_tokens", "patches"):
             own = shares.setdefault(unit, {})
             for key, value in (getattr(loader.shares(draws, sizes), unit) or {}).items():
@@ -125,16 +116,6 @@ def plan(config: TrainConfig, args: argparse.Namespace) -> dict[str, Any]:
         },
         "seconds": {"index_and_lengths": built_s, "plan": planned_s},
     }
-
-
-def recipe_cost(config: TrainConfig, folder: Path) -> Any:
-    """FLOPs coefficients of the recipe's model, from its shapes alone."""
-    from spatialvlm.models.build import build_meta_model
-    from spatialvlm.training.build import build_cost, build_groups
-
-    model = build_meta_model(folder / "config.json", config.geometry, config.lora)
-    build_groups(config, model)
-    return build_cost(config, model).balance
 
 
 def show(result: dict[str, Any]) -> None:

@@ -74,22 +74,27 @@ class Page:
         )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]], wide: int = -1) -> str:
-    """A table; column ``wide`` may break lines."""
-    cells = "".join(
-        "<tr>"
-        + "".join(
-            f"<td{' class=wide' if number == wide else ''}>{escape(str(cell))}</td>"
-            for number, cell in enumerate(row)
-        )
-        + "</tr>"
-        for row in rows
-    )
-    titles = "".join(
-        f"<th{' class=wide' if number == wide else ''}>{escape(name)}</th>"
-        for number, name in enumerate(head)
-    )
-    return f"<div class=scroll><table><tr>{titles}</tr>{cells}</table></div>"
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table; columns of numbers are aligned to the right, long texts break."""
+    number = [
+        all(isinstance(row[at], int) or str(row[at]).endswith(" %") for row in rows)
+        for at in range(len(head))
+    ]
+    longest = [max((len(str(row[at])) for row in rows), default=0) for at in range(len(head))]
+    kinds = [
+        " class=num" if n else " class=wide" if s > 40 else ""
+        for n, s in zip(number, longest, strict=True)
+    ]
+
+    def line(tag: str, cells: Sequence[Any]) -> str:
+        parts = [
+            f"<{tag}{kind}>{escape(f'{cell:,}' if isinstance(cell, int) else str(cell))}</{tag}>"
+            for kind, cell in zip(kinds, cells, strict=True)
+        ]
+        return f"<tr>{''.join(parts)}</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return f"<div class=scroll><table>{line('th', head)}{body}</table></div>"
 
 
 def legend() -> str:
@@ -154,6 +159,21 @@ def shares_figure(shares: Mapping[str, Mapping[str, int]]) -> str:
     )
     height = 16 + 30 * len(shares)
     return f'<figure class=shares><svg viewBox="0 0 600 {height}" role="img">{"".join(rows)}</svg><div class=legend>{key}</div></figure>'
+
+
+def shares_table(shares: Mapping[str, Mapping[str, int]]) -> str:
+    """Shares of families and capabilities, in the units of :func:`shares_figure`."""
+    keys = sorted(
+        {key for counts in shares.values() for key in counts if not key.startswith("source/")}
+    )
+    rows = []
+    for key in sorted(keys, key=lambda key: (not key.startswith("family/"), key)):
+        parts = []
+        for counts in shares.values():
+            total = sum(count for name, count in counts.items() if name.startswith("family/"))
+            parts.append(f"{100 * counts.get(key, 0) / max(total, 1):.1f} %")
+        rows.append([key.replace("/", " "), *parts])
+    return table(["share of", *[unit.replace("_", " ") for unit in shares]], rows)
 
 
 def sample_card(
@@ -234,7 +254,8 @@ def pack_bar(pack: PackPlan, encoded: Sequence[EncodedSample], names: Sequence[s
             f'opacity:{opacity}"></span>'
         )
     groups = sum(len(group) > 1 for group in pack.groups)
-    facts = f"{len(pack.draws)} samples, {groups} shared prefixes, {total} tokens, {len(parts)} segments, {pack.cost:.3g} FLOPs"
+    prefixes = "1 shared prefix" if groups == 1 else f"{groups} shared prefixes"
+    facts = f"{len(pack.draws)} samples, {prefixes}, {total:,} tokens, {len(parts)} segments, {pack.cost:.3g} FLOPs"
     return (
         f"<div class=pack><div class=bar>{''.join(bars)}</div><div class=note>{facts}</div></div>"
     )

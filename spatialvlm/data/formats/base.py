@@ -128,7 +128,10 @@ def suffix(path: str) -> str:
 
 
 def video_ref(
-    base: str, path: str | Sequence[str], clip: tuple[float, float] | None = None
+    base: str,
+    path: str | Sequence[str],
+    place: Place,
+    clip: tuple[float, float] | None = None,
 ) -> MediaRef:
     """A video given as a file, a folder of frames, or a list of frame files."""
     if isinstance(path, str):
@@ -137,7 +140,7 @@ def video_ref(
         return MediaRef("video", store, path, clip_s=clip)
     files = [media_path(base, p) for p in path]
     if len({f.startswith("/") for f in files}) > 1:
-        raise DataError(f"frames mix absolute and relative paths: {files[:2]}.", reason="schema")
+        raise place.error("schema", f"mixes absolute and relative paths of frames: {files[:2]}.")
     folder = posixpath.commonpath([posixpath.dirname(f) for f in files]) or "."
     start = 0 if folder == "." else len(folder.rstrip("/")) + 1
     return MediaRef("video", "frames", folder, "\n".join(f[start:] for f in files), clip_s=clip)

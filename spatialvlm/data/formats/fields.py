@@ -105,7 +105,7 @@ def _field_media(
         and len(paths) == len(value)
         and all(suffix(p) in IMAGE_SUFFIXES for p in paths)
     ):
-        return [video_ref(attrs.base, paths, clip)]  # the frames of one video
+        return [video_ref(attrs.base, paths, place, clip)]  # the frames of one video
     return [
         read_medium(item, kind, key, number, attrs, place, clip)
         for number, item in enumerate(value)
@@ -131,7 +131,7 @@ def read_medium(
         and value
         and all(isinstance(v, str) for v in value)
     ):
-        return video_ref(attrs.base, value, clip)
+        return video_ref(attrs.base, value, place, clip)
     if isinstance(value, Mapping):
         if value.get("bytes"):
             member = f"{place.row}/{key}/{item}"
@@ -152,7 +152,7 @@ def read_medium(
 def _file_medium(kind: str, base: str, path: str, clip: tuple[float, float] | None) -> MediaRef:
     if kind == "image":
         return MediaRef("image", "file", media_path(base, path))
-    return video_ref(base, path, clip)
+    return video_ref(base, path, Place(), clip)
 
 
 def short(value: Any) -> str:

@@ -36,7 +36,7 @@ def read_rows(row: Row, attrs: SourceAttrs, place: Place, fmt: Format) -> list[S
     if kind == "images":
         images = [MediaRef("image", "file", media_path(attrs.base, path)) for path in paths]
     elif kind == "video" and paths:
-        videos = [video_ref(attrs.base, paths)]
+        videos = [video_ref(attrs.base, paths, place)]
     elif kind not in ("none", "video"):
         raise place.error("schema", f"has media_kind {kind!r}; known: none, images, video.")
     meta = {

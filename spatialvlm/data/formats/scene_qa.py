@@ -52,7 +52,7 @@ def _samples(
             'example "scannet/{scene_id}" (a folder of frames) or "videos/{scene_id}.mp4".'
         )
     scene = _text(row, "scene_id", place)
-    media = [video_ref(attrs.base, attrs.media_template.replace("{scene_id}", scene))]
+    media = [video_ref(attrs.base, attrs.media_template.replace("{scene_id}", scene), place)]
     if attrs.answers == "all":
         picked = list(enumerate(answers))
     elif attrs.answers == "cycle":

@@ -434,6 +434,7 @@ def test_rule_b_markers():
         (talk(), "no_answer", "nothing can be learnt"),
         (talk(("u", "?"), ("a", " \n")), "empty_answer", "empty answer in turn 1"),
         ({"conversations": "hi"}, "schema", 'has str as list "conversations"'),
+        (talk(*QA, video=["a.jpg", "/b.jpg"]), "schema", "rows.jsonl:413 mixes absolute and relative paths"),
         ({"text": "hi"}, "schema", "found keys ['text']"),
         ({"conversations": ["hi"]}, "schema", "has str as turn 0"),
         ({"conversations": [{"from": "tool", "value": ""}]}, "schema", "role 'tool' in turn 0; known: human, user"),

@@ -31,6 +31,7 @@ def check(row, name):
         samples = read_row(row, FORMATS[name], ATTRS, place)
     except DataError as error:
         assert error.reason in INDEX_REASONS  # noqa: PT017
+        assert "d/r.jsonl:4" in str(error)  # noqa: PT017
         return
     for sample in samples:
         used = [part for turn in sample.turns for part in turn.parts if not isinstance(part, str)]
@@ -205,7 +206,9 @@ def mutate(row, rng):
 
 def test_mutated_rows(data_dir):
     rng = random.Random(0)
-    for fmt, row in seeds(data_dir):
+    rows = list(seeds(data_dir))
+    assert {fmt for fmt, _ in rows} == set(READABLE)
+    for fmt, row in rows:
         check(row, fmt)
         for _ in range(200):
             check(mutate(row, rng), fmt)
