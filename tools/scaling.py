@@ -7,7 +7,8 @@ r"""Scores against data size, or against any config key: run or resume a sweep, 
     python tools/scaling.py plot --config configs/sweeps/scaling_demo.yaml
 
 ``sweep.json`` keeps the state (pending, running, done, failed) of every point. ``run`` skips points that are done
-under the same configuration, continues stopped ones from their last checkpoint, and starts one at a time.
+under the same configuration, continues stopped ones from their last checkpoint, and starts one at a time; then
+``manifest.json`` says what every point was trained on (rows and shares per source, blocked rows, order hashes).
 Outputs: ``table.csv``, ``fits.csv``, ``scaling.html`` with one curve per benchmark (mean and standard error, fitted
 laws) and a heat map coloured from worst to best, and ``scaling_plots/`` with every chart as PNG and CSV.
 """
@@ -163,7 +164,34 @@ def run_sweep(sweep: SweepConfig, *, dry_run: bool, call=subprocess.run) -> int:
         failed += point["state"] == "failed"
         save_state(sweep, state)
         print(f"{point['name']}: {point['state']}")
+    if not dry_run:
+        write_manifest(sweep)
     return failed
+
+
+def write_manifest(sweep: SweepConfig) -> None:
+    """``manifest.json``: what every finished point was trained on, from the data report of its run."""
+    found = {}
+    for point in load_state(sweep).values():
+        report = Path(sweep.out) / point["name"] / "run" / "data.json"
+        if point["state"] != "done" or not report.is_file():
+            continue
+        last = list(json.loads(report.read_text()).values())[-1]
+        sources = last["sources"].items()
+        rows = {name: source["drawn_from"] for name, source in sources}
+        total = sum(rows.values()) or 1
+        found[point["name"]] = {
+            "value": point["value"],
+            "seed": point["seed"],
+            "hold": sweep.hold,
+            "rows": rows,
+            "share": {name: round(count / total, 4) for name, count in rows.items()},
+            "blocked": {name: source["blocked"] for name, source in sources},
+            "block_lists": last["block_lists"],
+            "order": last["order"],
+        }
+    path = Path(sweep.out) / "manifest.json"
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------- numbers

@@ -142,7 +142,7 @@ def _chat_class() -> type:
         Args:
             checkpoint: Model directory or hub id.
             batch_size: Prompts generated together.
-            device: ``cuda`` or ``cpu``.
+            device: ``cuda`` or ``cpu``; default: a GPU where there is one.
             dtype: ``bf16`` or ``fp32``.
             frames: Frames per video.
             frame_policy: ``linspace`` or ``uniform_tail``.
@@ -176,8 +176,11 @@ def _chat_class() -> type:
 
             if dtype not in ("bf16", "fp32"):
                 raise ConfigError(f"dtype={dtype!r} is not one of: bf16, fp32")
+            import torch
+
+            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             pixels = int(max_pixels) if max_pixels else None
-            subject = Subject(checkpoint, device=device or "cpu", dtype=dtype, max_pixels=pixels)  # type: ignore[arg-type]
+            subject = Subject(checkpoint, device=device, dtype=dtype, max_pixels=pixels)  # type: ignore[arg-type]
             self.generator = subject.generator(
                 Path(), frames=int(frames), frame_policy=frame_policy
             )

@@ -82,9 +82,12 @@ def sample_cards(runs: Sequence[BenchRun], benchmark: Benchmark, count: int, sid
             row = tables[run.label].get(key)
             if row is not None:
                 said = texts[run.label].get(key, row.extracted)
+                found = _gold_text(row.extracted)
+                same = said.strip().rstrip(".").lower() in (found.lower(), row.extracted.lower())
+                read = "" if same or not found else f" <small>read as {esc(found)}</small>"
                 lines += (
                     f'<tr><td><span class="swatch" style="background:{run.color}"></span>{esc(run.label)}</td>'
-                    f"<td>{esc(said[:400]) or '<i>empty</i>'}</td><td class='verdict'>{_verdict(row)}</td></tr>"
+                    f"<td>{esc(said[:400]) or '<i>empty</i>'}{read}</td><td class='verdict'>{_verdict(row)}</td></tr>"
                 )
         return f'<table class="answers">{lines}</table>'
 

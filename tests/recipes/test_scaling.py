@@ -35,6 +35,11 @@ def test_sweep_over_data_fractions(rows, tiny_checkpoint, tmp_path, capsys):
     for point in state.values():
         steps = read_jsonl(tmp_path / "sweep" / point["name"] / "run" / "metrics.jsonl")
         assert max(line["step"] for line in steps) == 2  # counted from 0
+    manifest = json.loads((tmp_path / "sweep" / "manifest.json").read_text())
+    drawn = [point["rows"] for point in manifest.values()]
+    assert [rows["squares"] for rows in drawn] == [12, 24, 48]
+    assert len({point["order"]["eligible rows"] for point in manifest.values()}) == 1
+    assert all(abs(sum(point["share"].values()) - 1) < 1e-3 for point in manifest.values())
     assert main(["fit", "--config", str(sweep), "--draws", "20"]) == 0
     assert {"table.csv", "fits.csv", "scaling.html"} <= {
         p.name for p in (tmp_path / "sweep").iterdir()

@@ -53,6 +53,30 @@ def test_subsets_do_not_depend_on_the_order_of_rows():
     assert len(nested_subset(IDS, 0.001, floor=3)) == 6
 
 
+def test_subsets_of_a_file(tmp_path, capsys):
+    tool = runpy.run_path(str(ROOT / "tools" / "subset_data.py"))["main"]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"id": i, "task": t}) + "\n" for i, t in IDS.items()))
+    base = ["--file", str(path), "--category", "task", "--out", str(tmp_path / "out")]
+    assert tool([*base, "--fractions", "0.1", "0.5"]) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    small, large = ((tmp_path / "out" / name).read_text().splitlines() for name in manifest)
+    assert set(small) < set(large) < set(path.read_text().splitlines())
+    assert manifest["rows.010.jsonl"]["categories"] == {"general": 10, "spatial": 20}
+    assert (len(large), manifest["rows.050.jsonl"]["rows"]) == (150, 150)
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    assert tool([*base, "--fractions", "0.1"]) == 0
+    again = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert again["rows.010.jsonl"] == manifest["rows.010.jsonl"]  # whatever the order of rows
+    for arguments, message in (
+        ([*base, "--fractions", "0.5", "0.1"], "must increase"),
+        ([*base, "--fractions", "1.5"], "must increase"),
+        ([*base[:3], "nothing", *base[4:], "--fractions", "0.5"], "rows.jsonl:1 has no 'nothing'"),
+    ):
+        assert tool(arguments) == 1
+        assert message in capsys.readouterr().err
+
+
 # -------------------------------------------------------------------------------------------------------- fits
 
 

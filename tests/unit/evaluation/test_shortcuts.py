@@ -12,6 +12,7 @@ import pytest
 from spatialvlm.errors import ConfigError
 from spatialvlm.evaluation.schema import Item
 from spatialvlm.evaluation.shortcuts import (
+    Diagnosis,
     Features,
     diagnose_forest,
     diagnose_priors,
@@ -207,6 +208,49 @@ def test_command_line(tool, tmp_path, capsys):
     assert "Pruning is not better than random" in (tmp_path / "i" / "summary.json").read_text()
     assert tool([*base, "--mode", "blind", "--out", str(tmp_path / "b")]) == 1
     assert "needs --vision and --blind" in capsys.readouterr().err
+
+
+def test_pruning_by_what_training_adds(tool, tmp_path, monkeypatch, capsys):
+    """A trained model ranks by its gain: what it knew before training stays, and the control costs no training."""
+    from spatialvlm.evaluation import stress_test
+
+    items = choice_items(80, planted=0.5)
+    planted = {item.id for item in items if item.row["planted"]}
+    known = {item.id for item in items[:10]} - planted
+    trainings = []
+
+    def train(items, fold, model, backbone, out, load, **options):
+        trainings.append((len(items), out.name))
+        return [
+            Diagnosis(
+                item,
+                0.9 if item.id in planted | known else 0.25,
+                "A",
+                float(item.id in planted | known),
+                int(fold[i]),
+                0.9 if item.id in known else 0.25,
+            )
+            for i, item in enumerate(items)
+        ]
+
+    monkeypatch.setattr(stress_test, "run_stress_test", train)
+    data = write_vsi(tmp_path / "vsi.jsonl", items)
+    command = ["--bench", "vsi_bench", "--data", data, "--mode", "ibp", "--diagnostic", "tst-llm"]
+    assert tool([*command, "--out", str(tmp_path / "x")]) == 1
+    assert "needs --model DIR and --backbone" in capsys.readouterr().err
+    paths = ["--model", "m", "--backbone", "b", "--out", str(tmp_path / "i")]
+    assert tool([*command, *paths, "--budget", "20", "--batch", "10"]) == 0
+    removed = set((tmp_path / "i" / "removed_ids.txt").read_text().split())
+    assert len(removed) == 20
+    assert removed <= planted
+    assert [size for size, _ in trainings] == [
+        80,
+        80,
+        70,
+    ]  # two rounds; the first reading is found again
+    assert trainings[0] == trainings[1]
+    result = json.loads((tmp_path / "i" / "summary.json").read_text())
+    assert result["blind_accuracy_after"] < min(result["blind_accuracy_random_control"])
 
 
 def test_circular_variants_show_position_bias(tool, tmp_path, capsys):
