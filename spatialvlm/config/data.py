@@ -131,6 +131,8 @@ class MediaConfig(Section):
     """Accept absolute media paths."""
     allow_outside_root: Bool = False
     """Accept media paths that leave the source's root."""
+    video_backend: Literal["pyav", "torchcodec"] = "pyav"
+    """What decodes video files; both give the same frames."""
     frame_dir_fps: PositiveFloat = 1.0
     """Assumed rate of frame folders without times."""
 

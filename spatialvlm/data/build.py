@@ -19,6 +19,7 @@ from spatialvlm.data.lengths import LengthTable
 from spatialvlm.data.loader import StepComposition, StepLoader
 from spatialvlm.data.media.plan import MediaPolicy
 from spatialvlm.data.media.store import FrameCache, MediaStore
+from spatialvlm.data.media.torchcodec import load_torchcodec
 from spatialvlm.data.mixture import Mixture, mixture_for_steps
 from spatialvlm.data.plan import PackingArgs
 from spatialvlm.data.prepare import SampleEncoder, SourceMedia
@@ -165,6 +166,8 @@ def build_encoder(
         DataError: A source has no usable row, or blocked scenes.
     """
     data = config.data
+    if data.media.video_backend == "torchcodec":
+        load_torchcodec()  # here, not in a worker
     template = ChatTemplate.from_checkpoint(checkpoint_dir, data.system)
     policy = MediaPolicy.from_processor(load_processor(checkpoint_dir))
     sources = [build_source(section, data, config) for section in data.sources]
@@ -244,6 +247,7 @@ def build_store(source: Source, data: DataConfig, cache: FrameCache) -> MediaSto
         allow_outside_root=media.allow_outside_root,
         max_image_pixels=media.max_image_pixels,
         frame_dir_fps=media.frame_dir_fps,
+        video_backend=media.video_backend,
     )
 
 

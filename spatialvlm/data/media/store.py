@@ -6,13 +6,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from spatialvlm.data.media import paths
 from spatialvlm.data.media.image import MAX_IMAGE_PIXELS, decode_image, read_image_header
 from spatialvlm.data.media.plan import MediaHeader
+from spatialvlm.data.media.torchcodec import decode_with_torchcodec
 from spatialvlm.data.media.video import (
     VideoHeader,
     decode_video,
@@ -68,6 +69,7 @@ class MediaStore:
         allow_outside_root: The same.
         max_image_pixels: Larger images are refused on their header.
         frame_dir_fps: Rate of frame folders whose names carry no times.
+        video_backend: What decodes video files; headers always come from PyAV.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class MediaStore:
         allow_outside_root: bool = False,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
         frame_dir_fps: float = 1.0,
+        video_backend: Literal["pyav", "torchcodec"] = "pyav",
     ) -> None:
         self.root = Path(root)
         self.read_bytes = read_bytes
@@ -88,6 +91,7 @@ class MediaStore:
         self.allow_outside_root = allow_outside_root
         self.max_image_pixels = max_image_pixels
         self.frame_dir_fps = frame_dir_fps
+        self._decode_video = decode_video if video_backend == "pyav" else decode_with_torchcodec
         self._headers: OrderedDict[MediaRef, MediaHeader] = OrderedDict()
         self._video_headers: OrderedDict[MediaRef, VideoHeader] = OrderedDict()
 
@@ -220,7 +224,7 @@ class MediaStore:
         assert ref.frames, "frames are chosen before decoding"
         frames = self._frames(ref)
         if frames is None:
-            return decode_video(
+            return self._decode_video(
                 self._data(ref), self._video_header(ref), ref.frames, name=_name(ref)
             )
         images = [

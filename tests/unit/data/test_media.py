@@ -21,6 +21,7 @@ from spatialvlm.data.media.resize import (
     tile_grid,
 )
 from spatialvlm.data.media.store import FrameCache, MediaStore
+from spatialvlm.data.media.torchcodec import decode_with_torchcodec, load_torchcodec
 from spatialvlm.data.media.video import (
     choose_by_rate,
     choose_uniform,
@@ -30,7 +31,7 @@ from spatialvlm.data.media.video import (
     times_from_names,
 )
 from spatialvlm.data.sample import MediaRef
-from spatialvlm.errors import MediaError
+from spatialvlm.errors import ConfigError, MediaError
 
 
 def encoded(image, fmt="PNG", **options):
@@ -340,6 +341,37 @@ class TestVideo:
         data = clip.read_bytes()
         header = read_video_header(data, name="cell")
         assert np.array_equal(decode_video(data, header, [4]), decode_video(clip, header, [4]))
+
+    def test_torchcodec_gives_the_same_frames(self, clip, tmp_path):
+        try:
+            load_torchcodec()
+        except ConfigError as error:
+            pytest.skip(str(error))
+        picture = np.zeros((48, 64, 3), np.uint8)
+        picture[:24] = 255
+        write_video(tmp_path / "turned.mp4", [picture] * 3, rotation=90)
+        for path, frames in [(clip, (0, 22, 7, 8)), (tmp_path / "turned.mp4", (2, 0))]:
+            header = read_video_header(path)
+            expected = decode_video(path, header, frames)
+            assert np.array_equal(decode_with_torchcodec(path, header, frames), expected)
+            found = decode_with_torchcodec(path.read_bytes(), header, frames, name="cell")
+            assert np.array_equal(found, expected)
+        store = MediaStore(clip.parent, video_backend="torchcodec")
+        loaded = store.load(MediaRef("video", "file", "clip.mp4", frames=(3, 4)))
+        assert np.array_equal(loaded, decode_video(clip, read_video_header(clip), (3, 4)))
+        cut = tmp_path / "cut.mp4"
+        cut.write_bytes(clip.read_bytes()[:2000])
+        with pytest.raises(MediaError, match="damaged") as caught:
+            decode_with_torchcodec(cut, read_video_header(clip), [0, 22])
+        assert caught.value.reason == "frame_decode"
+
+    def test_torchcodec_that_cannot_be_loaded(self, monkeypatch):
+        def missing(name):
+            raise RuntimeError(f"Could not load {name}\nlibavutil.so.60: cannot open shared object")
+
+        monkeypatch.setattr("importlib.import_module", missing)
+        with pytest.raises(ConfigError, match=r"Could not load torchcodec.*set pyav"):
+            load_torchcodec()
 
     def test_rotation(self, tmp_path):
         picture = np.zeros((48, 64, 3), np.uint8)
