@@ -120,6 +120,8 @@ def _frame_figure(scene: Scene, frame: Frame) -> str:
                 (vis.bbox2d[0] + vis.bbox2d[2]) / 2,
                 (vis.bbox2d[1] + vis.bbox2d[3]) / 2,
             )
+            half = min(0.3 * text * len(item.label), width / 2)  # names at the border stay readable
+            x, y = float(np.clip(x, half, width - half)), float(np.clip(y, text, height - text / 3))
             shapes.append(
                 f"<text class='name' x='{x:.0f}' y='{y:.0f}' font-size='{text:.0f}' "
                 f"fill='{color_of(vis.obj)}'>{html.escape(item.label)}</text>"
@@ -237,7 +239,7 @@ def _question_card(scene: Scene, row: Mapping[str, Any]) -> str:
         if name in by_id
     )
     turns = "".join(
-        f"<p class='{message['role']}'>{html.escape(message['content'])}</p>"
+        f"<p class='{message['role']}'>{html.escape(_without_markers(message['content']))}</p>"
         for message in row["messages"]
     )
     margin = row["margin"]

@@ -205,7 +205,7 @@ def test_unmeasured_visibility_needs_a_word_of_permission(rooms):
     assert "unfiltered" in rows[0]["tags"]
 
 
-@pytest.mark.slow
+@pytest.mark.smoke
 def test_ray_writes_the_same_files(rooms, tmp_path):
     pytest.importorskip("ray", reason="ray is not installed (pip install spatialvlm[ray])")
     plan = make_plan("left_right,locate_cell")
