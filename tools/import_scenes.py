@@ -49,6 +49,8 @@ IMPORTERS: dict[str, ModuleType] = {
     "vla3d": vla3d,
     "openspatial": openspatial,
 }
+MALFORMED = (KeyError, ValueError, TypeError, AttributeError, IndexError)
+"""What annotations of an unexpected shape end in; such a scene is listed as failed, the others go on."""
 Job = tuple[str, str, Path, Path, ImportOptions, Blacklist | None]
 
 
@@ -68,7 +70,7 @@ def import_one(job: Job) -> tuple[str, ImportReport]:
         report.count("scenes")
         report.count("objects", len(scene.objects))
         report.count("frames", len(scene.frames))
-    except (SpatialVLMError, OSError, KeyError, ValueError) as error:
+    except (SpatialVLMError, OSError, *MALFORMED) as error:
         report.failed[name] = f"{type(error).__name__}: {error}"
     return name, report
 

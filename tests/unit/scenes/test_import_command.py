@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
 from spatialvlm.scenes.io import iter_scenes
+from tests.unit.scenes.scan_files import write_arkit
 
 ROOT = Path(__file__).parents[3]
 
@@ -55,3 +57,41 @@ def test_import(tmp_path, command, capsys):
 def test_nothing_to_import(tmp_path, command, capsys):
     assert command("--source", "scannet", "--root", tmp_path, "--out", tmp_path / "out") == 2
     assert "no scannet scene" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "TypeError"),
+        ('{"data": {}}', "no usable frame"),
+        ('{"data": [{"uid": "a", "label": "x"}]}', "KeyError: 'segments'"),
+        ('{"data": [{"uid": "a", "label": "x", "segments": {"obbAligned": 3}}]}', "TypeError"),
+        ("{torn", "not a 3DOD annotation"),
+    ],
+)
+def test_annotations_of_another_shape_fail_their_scene_only(
+    tmp_path, command, capsys, text, message
+):
+    frames = write_arkit(tmp_path / "raw")
+    folder = frames.parent
+    broken = tmp_path / "raw" / "Training" / "40000009"
+    shutil.copytree(folder, broken)
+    (broken / "40000002_3dod_annotation.json").unlink()
+    (broken / "40000009_3dod_annotation.json").write_text(text)
+    (broken / "40000002_frames").rename(broken / "40000009_frames")
+    for path in (broken / "40000009_frames").rglob("*.png"):
+        path.unlink()
+    arguments = ("--source", "arkitscenes", "--root", tmp_path / "raw", "--out", tmp_path / "out")
+    assert command(*arguments, "--max-failed", "0.6") == 0
+    assert message in capsys.readouterr().err
+    summary = json.loads((tmp_path / "out" / "import.json").read_text())
+    assert list(summary["failed"]) == ["Training/40000009"]
+    assert summary["counters"]["scenes"] == 1
+
+
+def test_borrowed_frames_are_for_vla3d(tmp_path, command, capsys):
+    with pytest.raises(SystemExit):
+        command(
+            "--source", "scannet", "--root", tmp_path, "--rgb-root", tmp_path, "--out", tmp_path
+        )
+    assert "--rgb-root is for --source vla3d" in capsys.readouterr().err
