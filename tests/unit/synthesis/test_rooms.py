@@ -36,6 +36,12 @@ def rooms(tmp_path_factory):
     return folder
 
 
+ANSWER_PYTHON = {
+    "mcq": str, "text": str, "yesno": bool, "number": int | float, "list": list, "coord": list, "box": list,
+    "json": list,
+}  # fmt: skip
+
+
 def scenes_of(folder):
     return [load_scene(path) for path in sorted(folder.glob("**/scene.json"))]
 
@@ -64,6 +70,16 @@ def test_nearly_every_task_has_rows_in_two_rooms_and_all_verify(rooms, tmp_path)
     report = verify(tmp_path, rooms, reference=1.0)
     assert report.mismatches == []
     assert len(report.by_reference) >= 18
+    for row in read_rows(tmp_path):
+        answer, evidence = json.loads(row["answer_json"]), json.loads(row["evidence"])
+        several = isinstance(evidence, list)
+        for one, part in zip(
+            answer if several else [answer], evidence if several else [evidence], strict=True
+        ):
+            assert set(part) == {"args", "values"}
+            assert isinstance(one, ANSWER_PYTHON[row["answer_type"]]), row["task"]
+        assert row["margin"]["value"] >= row["margin"]["threshold"] > 0
+        assert row["margin"]["kind"]
     # Whether a label repeats visibly, cameras ring a centre, or a route exists depends on the room.
     assert set(TASKS) - set(report.by_task) <= {
         "vsi_count",

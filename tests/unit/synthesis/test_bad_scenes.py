@@ -1,0 +1,134 @@
+"""Broken scenes: a named error that is recorded, or a counted rejection; never a wrong row."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from spatialvlm.errors import BoxError, CameraError, SceneSchemaError
+from spatialvlm.synthesis.engine import Job, scene_rows
+from spatialvlm.synthesis.parts import SceneRef
+from spatialvlm.synthesis.plan import make_plan
+from spatialvlm.synthesis.rows import Reason
+
+SIMPLE = "left_right,dist_abs,is_count,vsi_rel_dir,object_colour"
+
+
+@pytest.fixture
+def values(data_dir):
+    """The hand room as a dictionary to break."""
+    return json.loads((data_dir / "scenes" / "hand_room.json").read_text())
+
+
+@pytest.fixture
+def generate(tmp_path):
+    """Rows and counters of a scene given as a dictionary."""
+
+    def run(values, tasks=SIMPLE, **plan):
+        folder = tmp_path / "scene"
+        folder.mkdir(exist_ok=True)
+        for frame in values.get("frames", []):
+            frame["rgb"] = f"rgb/{frame['frame_id']}.jpg"
+        path = folder / "scene.json"
+        path.write_text(json.dumps(values))
+        job = Job(tmp_path, tmp_path / "out", make_plan(tasks, overrides=plan))
+        return scene_rows(job, SceneRef(values.get("scene_id", "x"), str(path)))
+
+    return run
+
+
+def flipped(rotation):
+    return (np.array(rotation) @ np.diag([1.0, 1.0, -1.0])).tolist()
+
+
+def pose(values, change):
+    frame = values["frames"][0]
+    matrix = np.array(frame["world_from_cam"], dtype=float)
+    change(matrix)
+    frame["world_from_cam"] = matrix.tolist()
+
+
+def set_nan(matrix):
+    matrix[0, 3] = np.nan
+
+
+def set_inf(matrix):
+    matrix[:3] = -np.inf
+
+
+def mirror(matrix):
+    matrix[:3, 0] *= -1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda v: v.update(schema="scene/9"), SceneSchemaError, "schema is 'scene/9'"),
+        (lambda v: pose(v, set_nan), (CameraError, SceneSchemaError), "finite"),
+        (lambda v: pose(v, set_inf), (CameraError, SceneSchemaError), "finite"),
+        (lambda v: pose(v, mirror), CameraError, "reflection|mirror|determinant|det"),
+        (lambda v: v["objects"][2].update(size=[0.0, 1.0, 1.0]), BoxError, "size"),
+        (lambda v: v["objects"][2].update(center=[float("nan"), 1.0, 1.0]), (BoxError, SceneSchemaError), "finite"),
+        (lambda v: v["objects"][2].update(R=flipped(v["objects"][2]["R"])), BoxError, "reflection|mirror|determinant|det"),
+        (lambda v: v["frames"][1].update(frame_id=v["frames"][0]["frame_id"]), SceneSchemaError, "frame"),
+        (lambda v: v["frames"][0]["visible"][0].update(obj=99), SceneSchemaError, "99"),
+    ],
+)  # fmt: skip
+def test_broken_values_are_named(values, generate, spoil, error, message):
+    spoil(values)
+    with pytest.raises(error, match=message):
+        generate(values)
+
+
+def test_depth_that_is_empty_missing_or_in_another_unit(values, generate, tmp_path):
+    (tmp_path / "scene").mkdir()
+    for frame in values["frames"]:
+        frame["depth"] = f"{frame['frame_id']}.png"
+    with pytest.raises(SceneSchemaError, match="no such image"):
+        generate(values, "corr_obj")
+    for pixels in (0, 1):
+        for frame in values["frames"]:
+            image = Image.fromarray(np.full((480, 640), pixels, dtype=np.uint16))
+            image.save(tmp_path / "scene" / frame["depth"])
+        with pytest.raises(SceneSchemaError, match="depth_scale"):
+            generate(values, "corr_obj")
+
+
+def test_a_scene_without_frames_or_objects_is_counted(values, generate):
+    rows, counters = generate({**values, "frames": []})
+    assert rows == []
+    assert {reason for _, reason in counters} == {Reason.NEEDS_FRAMES, "rows"}
+    for frame in values["frames"]:
+        frame["visible"] = []
+    rows, counters = generate({**values, "objects": []})
+    assert rows == []
+    assert counters["vsi_rel_dir", Reason.TOO_FEW_OBJECTS] == 1
+
+
+def test_labels_that_name_nothing_are_never_asked_about(values, generate):
+    named = {row["id"] for row in generate(values)[0] if "sofa" in json.dumps(row["messages"])}
+    assert named
+    for label in ("", "object", "wall", "unknown"):
+        values["objects"][0].update(label=label)
+        rows, _ = generate(values)
+        assert rows
+        for row in rows:
+            objects = json.loads(row["evidence"])["args"].get("objects", [])
+            assert 0 not in objects
+
+
+def test_ambiguous_objects_are_rejected_with_their_reason(values, generate):
+    for frame in values["frames"]:
+        for record in frame["visible"]:
+            record["state"] = "ambiguous"
+    rows, counters = generate(values)
+    assert rows == []
+    assert counters["is_count", "rows"] == 0
+    assert all(counters[task, "rows"] == 0 for task in SIMPLE.split(","))
+
+
+def test_every_reason_of_a_rejection_is_documented():
+    page = (Path(__file__).resolve().parents[3] / "docs" / "tasks.md").read_text()
+    assert [str(reason) for reason in Reason if f"`{reason}`" not in page] == []
