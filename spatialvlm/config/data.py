@@ -247,8 +247,9 @@ class SharedPrefixConfig(Section):
     """Distinct media a step must hold; ``auto`` = ceil(global_batch_size / max_branches)."""
     diversity: Literal["warn", "strict"] = "warn"
     """A step with fewer distinct media: logged, or an error."""
-    dropout: Literal["error", "branch", "shared"] = "error"
-    """What dropout does with shared prefixes; only ``error`` keeps exact gradients."""
+    dropout: Literal["error", "shared"] = "error"
+    """Dropout with shared prefixes: refused, or (``shared``) one mask for the prefix of a group, which is no
+    longer the gradient of separate samples."""
 
 
 class LoaderConfig(Section):

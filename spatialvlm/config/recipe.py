@@ -124,7 +124,7 @@ class TrainConfig(Section):
                 and self.shared_prefix.dropout == "error"
             ):
                 found.append(("lora.dropout", "dropout above 0 changes gradients under shared_prefix; set it to 0, or "
-                              "shared_prefix.dropout to branch or shared, or shared_prefix.enabled to false"))  # fmt: skip
+                              "shared_prefix.dropout to shared, or shared_prefix.enabled to false"))  # fmt: skip
         found += schedule_problems(self.schedule)
         if self.evaluation.every_steps and not (
             self.evaluation.sources or self.evaluation.benchmarks

@@ -207,6 +207,32 @@ def test_capabilities_split_a_family():
         Mixture([source], {"spatial": 1}, capabilities={"count": 1, "colour": 1}, samples=1)
 
 
+def test_capability_shares_hold_in_every_window():
+    """3:1 inside the spatial half of a 1:1 mixture, whatever the sources hold: 0.5 % of every 1,000 or 10,000."""
+    capability = np.array([0, 1, 1, 1, 1] * 200, np.int16)
+    named = {"capability": capability, "capabilities": ("count", "size")}
+    sources = [
+        rows("a", groups=[5] * 200, **named),
+        rows("b", groups=[1] * 1000, **named),
+        rows("c", "general"),
+    ]
+    for branches, window in ((1, 1000), (8, 10_000)):
+        order = Mixture(
+            sources,
+            {"spatial": 1, "general": 1},
+            branches=branches,
+            capabilities={"count": 3, "size": 1},
+            samples=1,
+        )
+        draws = order.draws(0, 60_000)
+        lanes = np.array([lane.capability or "" for lane in order.lanes])[draws["lane"]]
+        assert worst_window(draws["source"] < 2, 0.5, 1000) <= 1
+        for name, share in (("count", 0.375), ("size", 0.125)):
+            worst = worst_window(lanes == name, share, window)
+            assert worst <= 3 * branches
+            assert worst <= 0.005 * window
+
+
 def test_weights_of_sources():
     sources = [rows("a", groups=[1] * 10, weight=3), rows("b", weight=1)]
     order = Mixture(sources, {"spatial": 1}, samples=1)
