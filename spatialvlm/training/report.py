@@ -29,6 +29,8 @@ COLOURS = (
 )
 CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Loss", ("loss", "eval/loss")),
+    ("Held-out loss by source", ("eval/loss/",)),
+    ("Held-out samples with every token right", ("eval/answer_acc", "eval/answer_acc/")),
     ("Loss by source", ("loss/source/",)),
     ("Loss by capability", ("loss/capability/",)),
     ("Accuracy of supervised tokens", ("token_acc",)),
@@ -78,16 +80,15 @@ def svg_lines(
         return f"{px:.1f},{py:.1f}"
 
     parts = [f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">']
-    for i in range(5):
-        y = y_low + (y_high - y_low) * i / 4
+    for y in ticks(y_low, y_high):
         x0, py = place(x_low, y).split(",")
         parts.append(f'<line x1="{x0}" x2="{width - right}" y1="{py}" y2="{py}" stroke="#ddd"/>')
         parts.append(
-            f'<text x="{left - 4}" y="{float(py) + 4:.1f}" text-anchor="end">{y:.3g}</text>'
+            f'<text x="{left - 4}" y="{float(py) + 4:.1f}" text-anchor="end">{_number(y)}</text>'
         )
-        x = x_low + (x_high - x_low) * i / 4
+    for x in ticks(x_low, x_high):
         px = place(x, y_low).split(",")[0]
-        parts.append(f'<text x="{px}" y="{height - 6}" text-anchor="middle">{x:.0f}</text>')
+        parts.append(f'<text x="{px}" y="{height - 6}" text-anchor="middle">{_number(x)}</text>')
     for x, label in marks:
         if x_low <= x <= x_high:
             px = place(x, y_low).split(",")[0]
@@ -112,6 +113,23 @@ def svg_lines(
         for i, name in enumerate(clean)
     )
     return "".join(parts) + f'<p class="legend">{legend}</p>'
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Three to six round numbers (1, 2 or 5 times a power of ten apart) between ``low`` and ``high``."""
+    raw = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [number * step for number in range(first, last + 1)]
+
+
+def _number(value: float) -> str:
+    """``12,000``, ``0.25``, ``5e-4``."""
+    if value and abs(value) < 1e-3:
+        mantissa, _, exponent = f"{value:.2e}".partition("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _thin(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
@@ -162,9 +180,15 @@ def _table(values: Mapping[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_short(item)}" for name, item in value.items())
     if isinstance(value, float):
-        return f"{value:.6g}"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value)
 
 
 def write_report(run_dir: Path, *, configured_shares: Mapping[str, float] | None = None) -> Path:
@@ -181,9 +205,13 @@ def write_report(run_dir: Path, *, configured_shares: Mapping[str, float] | None
     record = (
         json.loads((run_dir / "run.json").read_text()) if (run_dir / "run.json").is_file() else {}
     )
-    sections = [f"<h1>Training run {html.escape(run_dir.name)}</h1>", _table(record)]
+    shown = {k: v for k, v in record.items() if k not in ("owner", "summary")}
+    sections = [f"<h1>Training run {html.escape(run_dir.name)}</h1>", _table(shown)]
     if (run_dir / "summary.json").is_file():
-        sections += ["<h2>Summary</h2>", _table(json.loads((run_dir / "summary.json").read_text()))]
+        values = json.loads((run_dir / "summary.json").read_text())
+        last = values.pop("final", {})
+        sections += ["<h2>Summary</h2>", _table(values)]
+        sections += ["<h2>Last log line</h2>", _table(last)] if last else []
     events = _events(run_dir, metrics)
     for title, wanted in CHARTS:
         chart = svg_lines(_series(metrics, wanted), marks=events)
@@ -191,14 +219,14 @@ def write_report(run_dir: Path, *, configured_shares: Mapping[str, float] | None
             sections.append(f"<section><h2>{html.escape(title)}</h2>{chart}</section>")
     if configured_shares:
         sections += ["<h2>Configured mixture</h2>", _table(dict(configured_shares))]
-    for title, name in (("Parameter groups", "groups.txt"), ("Configuration", "config.resolved.yaml"), ("Environment", "environment.json")):  # fmt: skip
+    for title, name in (("Parameter groups", "groups.txt"), ("Plan", "plan.json"), ("Configuration", "config.resolved.yaml"), ("Environment", "environment.json")):  # fmt: skip
         path = run_dir / name
         if path.is_file():
             sections.append(
                 f"<h2>{title}</h2><pre>{html.escape(path.read_text(encoding='utf-8'))}</pre>"
             )
     style = (
-        "body{font:14px sans-serif;margin:2em auto;max-width:1320px;color:#222}section{display:inline-block;"
+        "body{font:14px sans-serif;margin:2em auto;max-width:1320px;padding:0 1em;color:#222}section{display:inline-block;"
         "vertical-align:top;margin-right:16px}svg text{font:10px sans-serif;fill:#555}.legend{font-size:11px;max-width:620px}"
         "table{border-collapse:collapse}th{text-align:left;padding:1px 12px 1px 0;font-weight:600;vertical-align:top}"
         "pre{background:#f6f6f6;padding:8px;overflow-x:auto;font-size:12px}h2{font-size:16px}"

@@ -2,7 +2,9 @@
 
 import json
 
-from spatialvlm.training.report import svg_lines, write_report
+import pytest
+
+from spatialvlm.training.report import svg_lines, ticks, write_report
 from spatialvlm.training.status import status_of
 from spatialvlm.training.trackers import JsonLines, Trackers, read_metrics
 
@@ -64,6 +66,19 @@ def test_report_is_one_escaped_file(tmp_path):
     assert "http" not in page
     assert "spike 7" in page
     assert len(page) < 200_000
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (3.0, 1234.0, [500.0, 1000.0]),
+        (2e-5, 9.86e-4, [2e-4, 4e-4, 6e-4, 8e-4]),
+        (-0.3, 0.1, [-0.3, -0.2, -0.1, 0.0, 0.1]),
+    ],
+)
+def test_axes_carry_round_numbers(low, high, expected):
+    assert ticks(low, high) == pytest.approx(expected)
 
 
 def test_chart_survives_constant_single_and_infinite_values():
