@@ -143,14 +143,17 @@ def main() -> int:
     )
     try:
         lists = [*shipped_lists(), *(load_list(path) for path in arguments.blacklist)]
-        names = IMPORTERS[arguments.source].list_scenes(arguments.root)[: arguments.limit]
+        importer = IMPORTERS[arguments.source]
+        known_rooms = getattr(importer, "room_aliases", None)
+        aliases = known_rooms(arguments.root) if known_rooms else None
+        names = importer.list_scenes(arguments.root)[: arguments.limit]
     except (SpatialVLMError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     if not names:
         print(f"{arguments.root}: no {arguments.source} scene below this folder", file=sys.stderr)
         return 2
-    blacklist = None if arguments.allow_contaminated else Blacklist(lists)
+    blacklist = None if arguments.allow_contaminated else Blacklist(lists, aliases)
     jobs = [
         (arguments.source, name, arguments.root.resolve(), out, options, blacklist)
         for name in names

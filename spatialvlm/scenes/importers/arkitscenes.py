@@ -17,6 +17,7 @@ import numpy as np
 
 from spatialvlm.errors import ImporterError
 from spatialvlm.scenes.areas import scanned_room
+from spatialvlm.scenes.blacklist import room_of
 from spatialvlm.scenes.importers.common import (
     FrameList,
     ImportOptions,
@@ -59,11 +60,10 @@ def read_scene(root: Path, name: str, options: ImportOptions, report: ImportRepo
     folder = root / name
     video = folder.name
     meta = _metadata(root).get(video, {})
-    visit, mesh = meta.get("visit_id", ""), folder / f"{video}_3dod_mesh.ply"
+    mesh = folder / f"{video}_3dod_mesh.ply"
     scene = Scene(
         scene_id=f"arkitscenes/{video}",
-        # The tables say NA where the visit is not known.
-        room_id=f"arkitscenes/{visit if visit.isdigit() else video}",
+        room_id=room_of(f"arkitscenes/{video}", room_aliases(root)),
         source="arkitscenes",
         objects=_objects(folder / f"{video}_3dod_annotation.json", report).finish(),
         frames=_frames(folder / f"{video}_frames", options, report),
@@ -92,6 +92,15 @@ def _metadata(root: Path) -> dict[str, dict[str, str]]:
         if "video_id" not in (reader.fieldnames or ()):
             raise ImporterError(f"{path}: column 'video_id' is missing.")
         return {row["video_id"]: row for row in reader}
+
+
+def room_aliases(root: Path) -> dict[str, str]:
+    """Scene id to room id of all videos whose visit is known (the tables say NA where it is not)."""
+    return {
+        f"arkitscenes/{video}": f"arkitscenes/{row['visit_id']}"
+        for video, row in _metadata(root).items()
+        if row.get("visit_id", "").isdigit()
+    }
 
 
 def _objects(path: Path, report: ImportReport) -> ObjectList:

@@ -1,5 +1,6 @@
 """What all importers share: labels, lenient boxes and poses, frame choice, counters, finishing."""
 
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -86,6 +87,27 @@ def choose_frames(count: int, wanted: int | None) -> list[int]:
     if limit <= 0:
         return []
     return sorted(set(np.round(np.linspace(0, count - 1, limit)).astype(int).tolist()))
+
+
+@lru_cache(maxsize=2)
+def reference_scans(root: Path) -> dict[str, str]:
+    """3RScan: scene id of every re-scan to the room id of its reference scan (``3RScan.json`` in ``root``).
+
+    Raises:
+        ImporterError: The file is there but not the list of scans that 3RScan publishes.
+    """
+    path = root / "3RScan.json"
+    if not path.is_file():
+        return {}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            f"3rscan/{scan['reference']}": f"3rscan/{entry['reference']}"
+            for entry in entries
+            for scan in [entry, *entry.get("scans", ())]
+        }
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ImporterError(f"{path}: not the scan list of 3RScan: {error!r}.") from error
 
 
 @dataclass

@@ -27,6 +27,7 @@ from spatialvlm.scenes.importers.common import (
     depth_in_view,
     measure_visibility,
     quarter_turns_to_upright,
+    reference_scans,
     stored_size,
     turn_scene,
 )
@@ -47,6 +48,10 @@ def list_scenes(root: Path) -> list[str]:
     for path in sorted(root.glob("*.pkl")):
         names += [f"{path.name}::{entry['sample_idx']}" for entry in _entries(path)[1]]
     return names
+
+
+room_aliases = reference_scans
+"""Rooms that the scene id does not tell."""
 
 
 def read_scene(root: Path, name: str, options: ImportOptions, report: ImportReport) -> Scene:
@@ -136,7 +141,7 @@ def _scene(
         )
     scene = Scene(
         scene_id=scene_id,
-        room_id=room_of(scene_id),
+        room_id=room_of(scene_id, reference_scans(root)),
         source=source,
         objects=objects,
         frames=frames.finish(scene_id),

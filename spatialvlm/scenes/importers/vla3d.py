@@ -24,6 +24,7 @@ from spatialvlm.scenes.importers.common import (
     choose_frames,
     measure_visibility,
     rebase,
+    reference_scans,
 )
 from spatialvlm.scenes.io import load_scene
 from spatialvlm.scenes.schema import Frame, Room, Scene
@@ -45,6 +46,10 @@ def list_scenes(root: Path) -> list[str]:
     """``<dataset>/<scene>`` of every folder with an object file."""
     files = sorted(root.glob("*/*/*_object_result.csv"))
     return [f"{path.parent.parent.name}/{path.parent.name}" for path in files]
+
+
+room_aliases = reference_scans
+"""Rooms that the scene id does not tell."""
 
 
 def read_scene(root: Path, name: str, options: ImportOptions, report: ImportReport) -> Scene:
@@ -85,7 +90,7 @@ def read_scene(root: Path, name: str, options: ImportOptions, report: ImportRepo
         )
     scene = Scene(
         scene_id=scene_id,
-        room_id=room_of(scene_id),
+        room_id=room_of(scene_id, reference_scans(root)),
         source=source,
         objects=objects.finish(),
         frames=[],

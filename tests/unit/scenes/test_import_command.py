@@ -59,6 +59,19 @@ def test_nothing_to_import(tmp_path, command, capsys):
     assert "no scannet scene" in capsys.readouterr().err
 
 
+def test_another_video_of_an_evaluation_room_is_left_out(tmp_path, command):
+    """47334096 is a VSI-Bench scene; a training video of the same visit shows the same room."""
+    write_arkit(tmp_path / "raw")
+    (tmp_path / "raw" / "metadata.csv").write_text(
+        "video_id,visit_id,fold,sky_direction\n40000002,420001,Training,Up\n47334096,420001,Validation,Up\n"
+    )
+    arguments = ("--source", "arkitscenes", "--root", tmp_path / "raw", "--out", tmp_path / "out")
+    assert command(*arguments) == 0
+    summary = json.loads((tmp_path / "out" / "import.json").read_text())
+    assert summary["counters"]["blacklisted"] == 1
+    assert "scenes" not in summary["counters"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -22,7 +22,7 @@ from spatialvlm.scenes.importers import (
     vla3d,
     vsi_meta,
 )
-from spatialvlm.scenes.importers.common import ImportOptions, ImportReport, rebase
+from spatialvlm.scenes.importers.common import ImportOptions, ImportReport, rebase, reference_scans
 from spatialvlm.scenes.io import load_depth, load_rgb, load_scene, save_scene
 from spatialvlm.scenes.render.raycast import cast_boxes
 from spatialvlm.scenes.transforms import rigid, rz, yaw_of
@@ -105,6 +105,19 @@ def test_depth_of_another_lens_is_seen_by_the_colour_camera(tmp_path):
     assert report.counters == {"bad_box": 1, "angle_range": 1}
     assert frame.extra["annotated_visible"] == [0]
     assert [(o.label, o.is_target) for o in scene.objects] == [("chair", True), ("unknown", False)]
+
+
+def test_rescans_belong_to_the_room_of_their_reference(tmp_path):
+    write_3rscan(tmp_path)
+    listed = [{"reference": "ref0", "scans": [{"reference": "0a1b", "transform": []}]}]
+    (tmp_path / "3RScan.json").write_text(json.dumps(listed))
+    options = ImportOptions(media=tmp_path / "media")
+    (scene,) = embodiedscan.iter_scenes(tmp_path, options, ImportReport())
+    assert scene.room_id == "3rscan/ref0"
+    (tmp_path / "3RScan.json").write_text('{"scans": 1}')
+    reference_scans.cache_clear()
+    with pytest.raises(ImporterError, match="not the scan list of 3RScan"):
+        reference_scans(tmp_path)
 
 
 def test_missing_pictures_are_counted_and_the_rest_is_imported(tmp_path):
