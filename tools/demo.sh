@@ -16,20 +16,16 @@ python tools/render_rooms.py --preset small --split train --num "$TRAIN_ROOMS" -
 python tools/render_rooms.py --preset small --split val --num "$VAL_ROOMS" --frames 8 --size 128 --seed 0 --workers 2 --out $DATA/rooms/val
 
 step "Asking questions with answers from the exact geometry"
-python tools/synthesize.py --tasks configs/synthesis/demo_first.yaml --scenes $DATA/rooms/train --out $DATA/qa/first --workers 2 --seed 0
 python tools/synthesize.py --tasks configs/synthesis/demo.yaml --scenes $DATA/rooms/train --out $DATA/qa/train --workers 2 --seed 0
 python tools/synthesize.py --tasks configs/synthesis/demo.yaml --scenes $DATA/rooms/val --out $DATA/qa/val --workers 2 --seed 0
 python tools/verify_qa.py $DATA/qa/val --scenes $DATA/rooms/val
 
-step "General data for the 1:1 mixture, tiny random models"
+step "General data for the 1:1 mixture, a small pretrained model, a random geometry encoder"
 python tools/make_general.py --out $DATA/general --num 6000 --split train --size 128 --seed 0
-python tools/make_tiny.py $DATA/models --size demo --seed 0  # all three families; the demo trains Qwen3-VL
-
-step "A model that can see: cell maps only (stands in for pretrained weights)"
-launch recipes/stage1.py configs/tiny/pretrain_qwen3vl.yaml run.dir=$RUNS/pretrain
+python tools/make_tiny.py $DATA/models --size demo --seed 0 --pretrained  # all three families; the demo trains Qwen3-VL
 
 step "Stage 1: SSR-2D, spatial and general data 1:1"
-launch recipes/stage1.py configs/tiny/stage1_qwen3vl.yaml run.dir=$RUNS/stage1 model.init_from=$RUNS/pretrain/final
+launch recipes/stage1.py configs/tiny/stage1_qwen3vl.yaml run.dir=$RUNS/stage1
 
 step "Stage 2: SSR-3D, geometry branch on"
 launch recipes/stage2.py configs/tiny/stage2_qwen3vl.yaml run.dir=$RUNS/stage2 model.init_from=$RUNS/stage1/final
@@ -40,5 +36,5 @@ launch recipes/evaluate.py configs/eval/demo.yaml run.dir=$RUNS/eval_stage2 mode
 launch recipes/evaluate.py configs/eval/demo.yaml run.dir=$RUNS/eval_blind model.init_from=$RUNS/stage2/final evaluation.media=drop
 
 step "Report"
-python -m spatialvlm.evaluation report --runs $RUNS/eval_stage1 $RUNS/eval_stage2 $RUNS/eval_blind --training $RUNS/pretrain $RUNS/stage1 $RUNS/stage2 --out $RUNS/report.html
+python -m spatialvlm.evaluation report --runs $RUNS/eval_stage1 $RUNS/eval_stage2 $RUNS/eval_blind --training $RUNS/stage1 $RUNS/stage2 --out $RUNS/report.html
 step "Done: open $RUNS/report.html"

@@ -3,6 +3,7 @@
 python tools/export.py runs/stage1/final exports/ssr2d                       # plain transformers checkpoint
 python tools/export.py runs/stage2/final exports/ssr3d --variant 3d --dtype bf16
 python tools/export.py Qwen2.5-VL-7B-Instruct/ exports/merged --adapters runs/lora/final/adapters
+python tools/export.py runs/stage1/checkpoints/step-00001000 exports/half    # what final/ would have held
 python tools/export.py runs/stage1/final exports/ssr2d --push owner/name     # private unless --public
 """
 
@@ -21,7 +22,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, help="model directory, for example a run's final/")
+    parser.add_argument(
+        "source",
+        type=Path,
+        help="model directory, for example a run's final/, or a run's checkpoint",
+    )
     parser.add_argument("target", type=Path, help="new directory")
     parser.add_argument(
         "--variant", choices=("2d", "3d"), default="2d", help="without or with the geometry branch"
@@ -32,9 +37,22 @@ def main() -> int:
     parser.add_argument("--public", action="store_true", help="make a new hub repository public")
     args = parser.parse_args()
     try:
-        folder = export(
-            args.source, args.target, variant=args.variant, dtype=args.dtype, adapters=args.adapters
-        )
+        if (args.source / "train_state.json").is_file():
+            if args.dtype or args.adapters or args.variant != "2d":
+                parser.error(
+                    "a checkpoint is exported as it is; give the result to this tool again"
+                )
+            from spatialvlm.training.export_checkpoint import export_checkpoint
+
+            folder = export_checkpoint(args.source, args.target)
+        else:
+            folder = export(
+                args.source,
+                args.target,
+                variant=args.variant,
+                dtype=args.dtype,
+                adapters=args.adapters,
+            )
     except SpatialVLMError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,8 @@
-"""Write small random model directories, complete enough for every recipe.
+"""Write small model directories, random or pretrained, complete enough for every recipe.
 
     python tools/make_tiny.py data/demo/models                     # three backbones and a geometry encoder, demo size
     python tools/make_tiny.py /tmp/models --size tiny --family qwen3vl
+    python tools/make_tiny.py data/demo/models --pretrained        # the shipped Qwen3-VL, which sees rendered rooms
 
 Writes ``tiny_<family>/`` (a Hugging Face directory) and ``tiny_vggt.safetensors``.
 """
@@ -27,9 +28,17 @@ def main() -> None:
     parser.add_argument("--family", choices=FAMILIES, nargs="*", default=list(FAMILIES))
     parser.add_argument("--size", choices=("tiny", "demo"), default="demo")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="the shipped weights for qwen3vl (demo size) in place of random ones",
+    )
     args = parser.parse_args()
     for family in args.family:
-        folder = make_checkpoint(family, args.out / f"tiny_{family}", args.seed, size=args.size)
+        pretrained = args.pretrained and family == "qwen3vl"
+        folder = make_checkpoint(
+            family, args.out / f"tiny_{family}", args.seed, size=args.size, pretrained=pretrained
+        )
         megabytes = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
         print(f"{folder}  {megabytes:.1f} MB")
     print(make_vggt(args.out / "tiny_vggt.safetensors", args.seed, size=args.size))

@@ -11,13 +11,23 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from spatialvlm.testing.tokenizer import BASE_VOCAB, SPECIAL_TOKENS, token_ids, write_tokenizer
+from spatialvlm.errors import CheckpointError
+from spatialvlm.testing.tokenizer import (
+    BASE_VOCAB,
+    SPECIAL_TOKENS,
+    token_ids,
+    tokenizer_digest,
+    write_tokenizer,
+)
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 Family = Literal["qwen2_5vl", "qwen3vl", "internvl3"]
 Size = Literal["tiny", "demo"]
+
+PRETRAINED = Path(__file__).parent / "assets" / "pretrained_qwen3vl.safetensors"
 
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -228,18 +238,28 @@ def processor_configs(family: Family, config: dict[str, Any]) -> dict[str, dict[
 
 
 def make_checkpoint(
-    family: Family, path: str | Path, seed: int = 0, *, size: Size = "tiny"
+    family: Family,
+    path: str | Path,
+    seed: int = 0,
+    *,
+    size: Size = "tiny",
+    pretrained: bool = False,
 ) -> Path:
-    """Write a complete model directory with random weights.
+    """Write a complete model directory, with random weights or with the shipped ones.
 
     Args:
         family: ``qwen2_5vl``, ``qwen3vl`` or ``internvl3``.
         path: Directory, created if needed; files of the same names are replaced.
         seed: Seed of the weights; the same seed gives the same bytes. The global generator is untouched.
         size: ``tiny`` for tests, ``demo`` for a model that can learn.
+        pretrained: The weights shipped as ``assets/pretrained_qwen3vl.safetensors`` (Qwen3-VL, ``demo`` size; see
+            ``assets/pretrained_qwen3vl.md``): a model that sees rendered rooms.
 
     Returns:
         The directory.
+
+    Raises:
+        CheckpointError: No weights are shipped for this family and size, or the tokenizer is not theirs.
     """
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -254,6 +274,8 @@ def make_checkpoint(
             AutoConfig.from_pretrained(folder), dtype=torch.float32
         )
         _init_tiny(model) if size == "tiny" else _init_demo(model)
+    if pretrained:
+        _load_pretrained(model, family, size)
     model.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     ids = token_ids(family)
@@ -299,6 +321,53 @@ def _init_demo(model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             if _is_position(name):
                 parameter.normal_(0.0, 0.5)
+
+
+def ship_pretrained(folder: Path, target: Path = PRETRAINED) -> Path:
+    """Store the weights of a model directory in half precision as the shipped ones.
+
+    Args:
+        folder: Directory of a ``demo`` sized Qwen3-VL that was trained with the shipped vocabulary.
+        target: File to write, with the vocabulary's digest in its metadata.
+    """
+    from safetensors.torch import load_file, save_file
+
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(file)
+    halves = {name: tensor.half() for name, tensor in weights.items()}
+    save_file(halves, target, metadata={"tokenizer": tokenizer_digest()})
+    return target
+
+
+def _load_pretrained(model: nn.Module, family: Family, size: Size) -> None:
+    """Replace random weights by the shipped ones, which are stored in half precision."""
+    import torch
+    from safetensors import safe_open
+
+    if (family, size) != ("qwen3vl", "demo"):
+        raise CheckpointError(
+            f"pretrained weights are shipped for qwen3vl of demo size, not for {family} of {size} size;"
+            " leave pretrained out for random weights"
+        )
+    with safe_open(PRETRAINED, framework="pt") as file:
+        if (file.metadata() or {}).get("tokenizer") != tokenizer_digest():
+            raise CheckpointError(
+                f"{PRETRAINED} was trained with another vocabulary than bpe.json beside it;"
+                " make it again with tools/pretrain_tiny.sh"
+            )
+        parameters = dict(
+            model.named_parameters()
+        )  # a tied head is listed once, under its first name
+        if set(file.keys()) != set(parameters):
+            raise CheckpointError(
+                f"{PRETRAINED} does not hold the parameters of this model:"
+                f" {sorted(set(file.keys()) ^ set(parameters))[:4]} differ;"
+                " make it again with tools/pretrain_tiny.sh"
+            )
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(file.get_tensor(name))
 
 
 def _is_position(name: str) -> bool:

@@ -7,6 +7,7 @@ number them, so that their relative positions and roles are the real ones.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,11 @@ _NAMED_TOKENS: dict[str, dict[str, str]] = {
         "video_token": "<video>",
     },
 }
+
+
+def tokenizer_digest() -> str:
+    """SHA-256 of the shipped vocabulary; weights trained with it carry it."""
+    return hashlib.sha256((ASSETS / "bpe.json").read_bytes()).hexdigest()
 
 
 def train_bpe(corpus: Path = ASSETS / "corpus.txt", path: Path = ASSETS / "bpe.json") -> None:

@@ -38,32 +38,38 @@ def export(
     assert isinstance(model, SpatialVLM)
 
     def write() -> None:
-        work = target.with_name(target.name + ".tmp")
-        shutil.rmtree(work, ignore_errors=True)
-        work.parent.mkdir(parents=True, exist_ok=True)
-        dtype = torch.float32 if config.export.dtype == "fp32" else stored_dtype(run.base)
-        try:
-            state = full_state(engine, reader, frozen)
-            if config.lora is not None and not config.export.merge_lora:
-                save_adapters(model, work, state_dict=state)
-            else:
-                model.save_pretrained(work, state_dict=state, dtype=dtype)
-            shutil.rmtree(target, ignore_errors=True)
-            work.rename(target)
-            write_json(target.with_name(f"{target.name}.manifest.json"), folder_manifest(target))
-        except OSError as error:
-            raise CheckpointError(f"{target} cannot be written: {error}") from error
+        write_model(config, run.base, model, full_state(model, reader, frozen), target)
+        write_json(target.with_name(f"{target.name}.manifest.json"), folder_manifest(target))
 
     run.processes.on_main(write)
 
 
+def write_model(
+    config: TrainConfig, base: Path, model: SpatialVLM, state: dict[str, Tensor], target: Path
+) -> None:
+    """Model directory, or adapters alone, appearing under its name only when it is whole."""
+    work = target.with_name(target.name + ".tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    work.parent.mkdir(parents=True, exist_ok=True)
+    dtype = torch.float32 if config.export.dtype == "fp32" else stored_dtype(base)
+    try:
+        if config.lora is not None and not config.export.merge_lora:
+            save_adapters(model, work, state_dict=state)
+        else:
+            model.save_pretrained(work, state_dict=state, dtype=dtype)
+        shutil.rmtree(target, ignore_errors=True)
+        work.rename(target)
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error}") from error
+
+
 def full_state(
-    engine: Engine, reader: SliceReader, frozen: Mapping[str, Tensor]
+    model: SpatialVLM, reader: SliceReader, frozen: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """State dict of the plain model: trained weights from fp32 masters, the rest as it was loaded."""
     first: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}
-    for name, parameter in engine.model.named_parameters(remove_duplicate=False):
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) not in first:
             first[id(parameter)] = (
                 reader.tensor(name) if name in reader.index.shapes else frozen[name]

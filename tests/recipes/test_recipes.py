@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from spatialvlm.errors import CheckpointError
+from spatialvlm.training.export_checkpoint import export_checkpoint
 from spatialvlm.training.status import status_of
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -59,6 +61,18 @@ def test_golden_losses(run, recipe, tmp_path, stage, family):
     assert {"loss/capability/side", "loss/capability/height"} <= {
         k for line in lines(out) for k in line
     }
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_checkpoint_becomes_the_model_that_final_would_hold(run, recipe, tmp_path, stage):
+    out = tmp_path / "run"
+    short = (f"run.dir={out}", "data.length.steps=2", "checkpoint.every=1")
+    assert run(stage, recipe(stage, "qwen3vl"), *short) == 0
+    model = export_checkpoint(out / "checkpoints" / "step-00000002", tmp_path / "model")
+    for file in (out / "final").iterdir():
+        assert (model / file.name).read_bytes() == file.read_bytes(), file.name
+    with pytest.raises(CheckpointError, match="exists; choose a new directory"):
+        export_checkpoint(out / "checkpoints" / "step-00000002", model)
 
 
 def test_resume_equals_straight_bit_for_bit(run, recipe, tmp_path):

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
-from spatialvlm.testing import make_checkpoint, make_vggt
+from spatialvlm.errors import CheckpointError
+from spatialvlm.testing import checkpoints, make_checkpoint, make_vggt
+from spatialvlm.testing.checkpoints import PRETRAINED, ship_pretrained
 from spatialvlm.testing.tokenizer import SPECIAL_TOKENS, token_ids
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -104,3 +107,21 @@ def test_command_line(tmp_path, monkeypatch, capsys):
 def test_demo_sizes_stay_small(tmp_path):
     folder = make_checkpoint("qwen3vl", tmp_path, size="demo")
     assert 10e6 < (folder / "model.safetensors").stat().st_size < 20e6
+
+
+def test_the_shipped_weights_are_small_and_load(tmp_path):
+    assert PRETRAINED.stat().st_size <= 8_000_000
+    folder = make_checkpoint("qwen3vl", tmp_path / "a", size="demo", pretrained=True)
+    shipped, written = load_file(PRETRAINED), load_file(folder / "model.safetensors")
+    assert set(shipped) == set(written)
+    assert all((written[name] == shipped[name].float()).all() for name in shipped)
+    assert ship_pretrained(folder, tmp_path / "again").read_bytes() == PRETRAINED.read_bytes()
+
+
+def test_shipped_weights_fit_one_model_and_one_vocabulary(tmp_path, monkeypatch):
+    for family, size in (("qwen2_5vl", "demo"), ("qwen3vl", "tiny")):
+        with pytest.raises(CheckpointError, match="shipped for qwen3vl of demo size, not for"):
+            make_checkpoint(family, tmp_path, size=size, pretrained=True)
+    monkeypatch.setattr(checkpoints, "tokenizer_digest", lambda: "other")
+    with pytest.raises(CheckpointError, match="trained with another vocabulary"):
+        make_checkpoint("qwen3vl", tmp_path, size="demo", pretrained=True)
