@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from spatialvlm.errors import SpatialVLMError
 from spatialvlm.evaluation.generate import Generator, Place, answer, limited, make_asks, merge
 from spatialvlm.evaluation.predictions import read_predictions
 from spatialvlm.evaluation.schema import Benchmark
@@ -32,6 +33,9 @@ class Ranks(Protocol):
 
     def barrier(self) -> None:
         """Wait for all."""
+
+    def gather(self, value: T) -> list[T]:
+        """``value`` of every rank, on every rank."""
 
     def on_main(self, function: Callable[[], T]) -> T:
         """Run on rank 0, return the result on every rank."""
@@ -146,17 +150,24 @@ class BenchmarkProbe:
         self.ranks.barrier()
         items = limited(benchmark.items, self.max_samples)
         asks = make_asks(benchmark, items, protocol="official", allow_absolute=self.allow_absolute)
-        answer(
-            benchmark,
-            asks,
-            self.generator(benchmark),
-            folder,
-            place=Place(self.ranks.rank, self.ranks.size),
-            batch_size=self.batch_size,
-            num_workers=1,
-            quiet=True,
-        )
-        self.ranks.barrier()
+        problem: SpatialVLMError | None = None
+        try:
+            answer(
+                benchmark,
+                asks,
+                self.generator(benchmark),
+                folder,
+                place=Place(self.ranks.rank, self.ranks.size),
+                batch_size=self.batch_size,
+                num_workers=1,
+                quiet=True,
+            )
+        except SpatialVLMError as error:
+            problem = error
+        # All ranks fail together, else the others would wait for one that has left.
+        problem = next((e for e in self.ranks.gather(problem) if e is not None), None)
+        if problem is not None:
+            raise problem
 
         def finish() -> dict[str, float]:
             predictions, _ = read_predictions(merge(folder, asks))

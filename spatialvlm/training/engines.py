@@ -406,13 +406,20 @@ class Zero(Engine):
     def discard(self) -> None:
         self.engine.zero_grad()
 
-    def whole_weights(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
         if self.stage < 3:
-            return nullcontext()
+            yield
+            return
         from deepspeed.runtime.zero import unwrap_model_for_generation
 
-        whole: AbstractContextManager[Any] = unwrap_model_for_generation(self.engine)
-        return whole
+        whole = unwrap_model_for_generation(self.engine)
+        whole.__enter__()
+        try:
+            yield
+        finally:
+            # DeepSpeed puts its hooks back only after a block that raised nothing.
+            whole.__exit__(None, None, None)
 
     def slices(self, *, loading: bool) -> list[Slice]:
         del loading

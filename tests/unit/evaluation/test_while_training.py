@@ -1,14 +1,19 @@
 """Evaluation between training steps: scalars, best step, random states, several processes."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from spatialvlm.errors import BudgetError
 from spatialvlm.evaluation.generate import Completion
 from spatialvlm.evaluation.registry import BENCHMARKS, load_benchmark
 from spatialvlm.evaluation.while_training import BenchmarkProbe, together
@@ -16,6 +21,11 @@ from spatialvlm.evaluation.while_training import BenchmarkProbe, together
 
 class Alone:
     rank, size = 0, 1
+    elsewhere = None
+    """Error of an imagined other rank."""
+
+    def gather(self, value):
+        return [value, self.elsewhere]
 
     def barrier(self):
         pass
@@ -32,8 +42,10 @@ class Engine:
     @contextmanager
     def whole_weights(self):
         self.whole = True
-        yield
-        self.whole = False
+        try:
+            yield
+        finally:
+            self.whole = False
 
 
 ENGINE = Engine()
@@ -158,6 +170,15 @@ def test_curves_reach_every_tracker(probe, tmp_path):
     assert [(e.step, e.value) for e in events.Scalars(name)] == [(9, 40), (19, 80)]
 
 
+def test_an_error_on_another_rank_ends_the_pause_here_too(probe):
+    run, _, calls = probe
+    run.ranks.elsewhere = BudgetError("too many unreadable items")
+    with pytest.raises(BudgetError, match="unreadable"):
+        run(SimpleNamespace(step=1), ENGINE)
+    assert calls == ["train"]  # the model is in training mode again
+    assert not ENGINE.whole
+
+
 def test_random_states_are_put_back(probe):
     run, _, _ = probe
     random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
@@ -171,3 +192,27 @@ def test_together():
     assert together(None, None) is None
     both = together(lambda s, e: {"a": 1.0}, None, lambda s, e: {"b": 2.0})
     assert both(None, None) == {"a": 1.0, "b": 2.0}
+
+
+@pytest.mark.smoke
+def test_weights_are_whole_inside_the_pause_and_training_does_not_notice(tmp_path):
+    """ZeRO-2, ZeRO-3 and FSDP2 on two processes; also after a pause that ended with an error."""
+    worker = Path(__file__).with_name("whole_weights_worker.py")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [*command, str(worker), str(tmp_path / "result.json")],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(result) == {"zero2", "zero3", "fsdp2"}
+    for strategy, found in result.items():
+        assert found == {"whole": True, "equal": True, "same": True}, strategy
