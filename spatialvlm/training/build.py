@@ -428,6 +428,13 @@ def total_steps(config: TrainConfig, loader: StepLoader) -> int:
     return loader.num_steps
 
 
+def _faults_by_reason(loader: StepLoader) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for (_, reason), count in (loader.quarantine.counts if loader.quarantine else {}).items():
+        counts[reason] = counts.get(reason, 0) + count
+    return counts
+
+
 def build_session(
     config: TrainConfig,
     run: OpenRun,
@@ -512,6 +519,7 @@ def build_session(
         cost=cost.model,
         save=save,
         max_grad_norm=config.optim.max_grad_norm,
+        faults=partial(_faults_by_reason, loader),
     )
     watch = Watchdog(
         run.path,

@@ -96,6 +96,7 @@ def train(
                 engine.backward(out.loss_sum * (run.processes.size / head.denominator))
             record.add(out, batch)
 
+        record.end_backward()
         watch.at(state.step, "optimizer")
         norms = None if empty else engine.grad_norms(due=record.due(state.step))
         applied = not empty and engine.step(norms)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from spatialvlm.data.faults import LOAD_REASONS
 from spatialvlm.training.distributed import Processes
 from spatialvlm.training.loss import LossSums
 from spatialvlm.typing import Batch, CostCoefficients
@@ -73,6 +74,8 @@ class PackSize:
     geometry_tokens: int
     geometry_frame_pairs: int
     geometry_global_pairs: int
+    saved: int = 0
+    """Tokens that separate samples would have read again: a prefix with k branches is read once, not k times."""
 
     def flops(self, cost: CostCoefficients) -> float:
         """Training FLOPs of the pack under ``cost``."""
@@ -108,6 +111,7 @@ def pack_size(batch: Batch, *, geometry_patch: int = 14, geometry_extra: int = 5
     frames = [
         (s, (h // geometry_patch) * (w // geometry_patch) + geometry_extra) for s, h, w in shapes
     ]
+    branches = Counter(parent for parent in parents if parent >= 0)
     real = int((batch["loss_weight"] > 0).sum())
     return PackSize(
         samples=len(uids),
@@ -121,6 +125,7 @@ def pack_size(batch: Batch, *, geometry_patch: int = 14, geometry_extra: int = 5
         geometry_tokens=sum(s * n for s, n in frames),
         geometry_frame_pairs=sum(s * n * n for s, n in frames),
         geometry_global_pairs=sum((s * n) ** 2 for s, n in frames),
+        saved=sum((count - 1) * lengths[parent] for parent, count in branches.items()),
     )
 
 
@@ -134,12 +139,14 @@ class Interval:
     tokens: int = 0
     allocated: int = 0
     label_tokens: int = 0
+    saved: int = 0
     flops: float = 0.0
-    busiest: float = 0.0
-    """Predicted FLOPs of this rank, for the imbalance."""
+    """Predicted for this rank."""
     wait_s: float = 0.0
     compute_s: float = 0.0
+    """Forward and backward."""
     optimizer_s: float = 0.0
+    """Gradient norms, clipping, update."""
     stall_s: float = 0.0
     """Saves and evaluation."""
     clipped: int = 0
@@ -153,6 +160,7 @@ _SUMMED = (
     "tokens",
     "allocated",
     "label_tokens",
+    "saved",
     "flops",
     "wait_s",
     "compute_s",
@@ -195,17 +203,33 @@ class Meter:
         *,
         lrs: Mapping[str, float],
         norms: Mapping[str, Tensor] | None,
+        faults: Mapping[str, int],
     ) -> tuple[dict[str, float], list[float]]:
-        """Scalars of the line (equal on all ranks) and the loss of every step in the interval; resets both."""
+        """Scalars of the line (equal on all ranks) and the loss of every step in the interval; resets both.
+
+        Args:
+            step: Steps done.
+            lrs: Rate per part.
+            norms: Gradient norm per part, of the newest step.
+            faults: Broken samples of this rank since its start, by reason.
+        """
         mine = self.interval
+        size, rank = self.processes.size, self.processes.rank
         own = torch.tensor([float(getattr(mine, name)) for name in _SUMMED], dtype=torch.float64)
+        times = torch.zeros(size, dtype=torch.float64)
+        times[rank] = mine.compute_s
+        broken = torch.tensor([float(faults.get(name, 0)) for name in LOAD_REASONS]).double()
         flat = self.sums.flat()
-        reduced = self.processes.sum(torch.cat([own.to(flat.device), flat])).cpu()
-        total = dict(zip(_SUMMED, reduced[: len(_SUMMED)].tolist(), strict=True))
-        losses, scalars = self.sums.read(reduced[len(_SUMMED) :])
+        host = torch.cat([own, times, broken]).to(flat.device)
+        reduced = self.processes.sum(torch.cat([host, flat])).cpu()
+        counted, times, broken, sums = torch.split(
+            reduced, [len(own), size, len(broken), len(flat)]
+        )
+        total = dict(zip(_SUMMED, counted.tolist(), strict=True))
+        losses, scalars = self.sums.read(sums)
         wall = max(time.perf_counter() - mine.started, 1e-9)
         extremes = torch.tensor(
-            [mine.flops, mine.compute_s, _peak_memory(self.processes.device), _reserved(self.processes.device), _rss()],
+            [mine.flops, _peak_memory(self.processes.device), _reserved(self.processes.device), _rss()],
             dtype=torch.float64,
         ).to(self.processes.device)  # fmt: skip
         most = self.processes.max(extremes).tolist()
@@ -214,7 +238,6 @@ class Meter:
             wall_after = time.perf_counter()
         else:
             wall_after = mine.started + wall
-        size = self.processes.size
         steps = max(mine.steps, 1)
         self._step_times.append(wall / steps)
         scalars |= {f"lr/{part}": lr for part, lr in lrs.items()}
@@ -238,13 +261,18 @@ class Meter:
             "padding": 1 - total["tokens"] / total["allocated"] if total["allocated"] else 0.0,
             "pack_fill": total["tokens"] / max(1, mine.packs * size) / self.max_tokens,
             "imbalance/predicted": most[0] * size / total["flops"] - 1 if total["flops"] else 0.0,
-            "imbalance/time": most[1] * size / total["compute_s"] - 1
+            "imbalance/time": float(times.max()) * size / total["compute_s"] - 1
             if total["compute_s"]
             else 0.0,
-            "memory/peak_gib": most[2],
-            "memory/reserved_gib": most[3],
-            "memory/host_rss_gib": most[4],
+            "straggler": float(times.argmax()),
+            "prefix/saved_tokens": total["saved"],
+            "memory/peak_gib": most[1],
+            "memory/reserved_gib": most[2],
+            "memory/host_rss_gib": most[3],
             "eta_s": statistics.median(self._step_times) * max(0, self.total_steps - step),
+        }
+        scalars |= {
+            f"faults/{n}": c for n, c in zip(LOAD_REASONS, broken.tolist(), strict=True) if c
         }
         if self.peak is not None:
             scalars["mfu"] = total["flops"] / wall / size / self.peak

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +40,7 @@ class Recorder:
         log_every: Steps between log lines.
         cost: FLOPs of the model without recomputation; ``None`` = not known.
         save: Its stall time goes into the log line.
+        faults: Broken samples of this rank so far, by reason.
         max_grad_norm: For the share of clipped steps.
     """
 
@@ -57,6 +58,7 @@ class Recorder:
         cost: CostCoefficients | None,
         save: Saver,
         max_grad_norm: float,
+        faults: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         self.processes = processes
         self.meter = meter
@@ -69,6 +71,7 @@ class Recorder:
         self.cost = cost
         self.save = save
         self.max_grad_norm = max_grad_norm
+        self.faults = faults
         self.last: dict[str, float] = {}
         """Scalars of the newest log line."""
         self._first: int | None = None
@@ -106,6 +109,7 @@ class Recorder:
         interval.tokens += size.tokens
         interval.allocated += size.allocated
         interval.label_tokens += size.label_tokens
+        interval.saved += size.saved
         if self.cost is not None:
             interval.flops += size.flops(self.cost)
 
@@ -127,6 +131,16 @@ class Recorder:
         self._finite.append(torch.isfinite(out.loss_sum.detach()))
         self._ratio_finite.append((batch["uids"], torch.isfinite(out.geometry_norm_ratio).all()))
 
+    def end_backward(self) -> None:
+        """All micro-steps are done; what follows is the optimizer's time."""
+        if self.processes.device.type == "cuda":
+            torch.cuda.synchronize(
+                self.processes.device
+            )  # the optimizer step waits for the same anyway
+        now = time.perf_counter()
+        self.meter.interval.compute_s += now - self._clock
+        self._clock = now
+
     def end_step(
         self,
         state: TrainState,
@@ -146,7 +160,7 @@ class Recorder:
             self._first = done
         interval = self.meter.interval
         interval.steps += 1
-        interval.compute_s += time.perf_counter() - self._clock
+        interval.optimizer_s += time.perf_counter() - self._clock
         interval.empty += empty
         interval.skipped += not applied and not empty
         if norms is not None:
@@ -164,7 +178,7 @@ class Recorder:
     def _line(
         self, state: TrainState, lrs: Mapping[str, float], norms: Mapping[str, Tensor] | None
     ) -> None:
-        scalars, losses = self.meter.read(state.step, lrs=lrs, norms=norms)
+        scalars, losses = self.meter.read(state.step, lrs=lrs, norms=norms, faults=self.faults())
         self._check_geometry(scalars)
         self._spikes(state, losses, scalars)
         scalars["spikes"] = float(state.spikes)

@@ -41,6 +41,8 @@ def test_one_percent_of_broken_media_is_replaced_and_recorded(run, damaged, tmp_
     assert {event["source"] for event in events} == {"squares", "chat"}
     assert all("042.png" in event["media"] and event["reason"] == "truncated" for event in events)
     assert all(event["replaced_by"] for event in events)
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["faults/truncated"] == len(events)
     record = json.loads((out / "run.json").read_text())
     assert record["summary"]["samples"] == 8 * record["step"]  # every slot was filled
 

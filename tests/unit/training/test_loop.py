@@ -94,6 +94,9 @@ def test_a_run_counts_logs_and_saves(tmp_path):
     assert last["loss/source/a"] != last["loss/source/b"]
     weighted = [last["loss/family/spatial"], last["loss/family/general"]]
     assert min(weighted) < last["loss"] < max(weighted)
+    assert last["optimizer_s"] > 0
+    assert last["forward_backward_s"] > 0
+    assert last["straggler"] == 0
 
 
 def test_a_non_finite_step_changes_nothing_and_names_its_samples(tmp_path):
@@ -257,6 +260,7 @@ def test_header_sums_and_pack_sizes():
     batch["segment_parent"] = torch.tensor([-1, 0, 0], dtype=torch.int32)
     size = pack_size(batch)
     assert (size.tokens, size.pairs, size.label_tokens) == (12, 21 + 2 * (6 + 18), 4)
+    assert size.saved == 6  # two branches read their prefix of 6 once
     assert (size.patches, size.patch_pairs) == (3, 9)
     dummy = pack_size(make_batch(1, labels=0))
     assert (dummy.samples, dummy.tokens, dummy.head_rows) == (0, 0, 0)
