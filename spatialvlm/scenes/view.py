@@ -104,14 +104,14 @@ def _box_path(item: Object, camera: Camera) -> str:
 
 def _frame_figure(scene: Scene, frame: Frame) -> str:
     camera, width, height = frame.camera, frame.width, frame.height
-    stroke, text = max(1.0, width / 320), max(8.0, width / 36)
+    text = width / 34
     shapes = []
     for vis in sorted(frame.visible, key=lambda v: v.state != "hidden"):
         item = scene.objects[vis.obj]
         style = STATE_STYLE[vis.state]
         shapes.append(
             f"<path class='box' d='{_box_path(item, camera)}' stroke='{color_of(vis.obj)}' "
-            f"stroke-width='{stroke:.1f}' fill='none' style='{style}'><title>"
+            f"fill='none' style='{style}'><title>"
             f"{html.escape(item.id)}: {vis.state}, vis {vis.vis_frac:.2f}, in frame "
             f"{vis.in_frustum_frac:.2f}, {vis.px} px</title></path>"
         )
@@ -123,8 +123,8 @@ def _frame_figure(scene: Scene, frame: Frame) -> str:
             half = min(0.3 * text * len(item.label), width / 2)  # names at the border stay readable
             x, y = float(np.clip(x, half, width - half)), float(np.clip(y, text, height - text / 3))
             shapes.append(
-                f"<text class='name' x='{x:.0f}' y='{y:.0f}' font-size='{text:.0f}' "
-                f"fill='{color_of(vis.obj)}'>{html.escape(item.label)}</text>"
+                f"<text class='name' x='{x:.1f}' y='{y:.1f}' font-size='{text:.1f}' "
+                f"stroke-width='{text / 5:.1f}' fill='{color_of(vis.obj)}'>{html.escape(item.label)}</text>"
             )
     time = f" · {frame.time_s:.1f} s" if frame.time_s is not None else ""
     counts = {state: sum(v.state == state for v in frame.visible) for state in STATE_STYLE}

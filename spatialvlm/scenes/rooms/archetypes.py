@@ -34,6 +34,9 @@ class Archetype:
     """Texture of the ``main`` material."""
 
 
+HELD_OUT_SHARE = 0.85
+"""Training draws sizes below this share of each range, val and test above it."""
+
 _WOODS = ("brown", "white", "black", "gray", "orange")
 _ANY = tuple(COLORS)
 _WHITE_GOODS = ("white", "gray", "black", "red", "cyan")
@@ -93,7 +96,7 @@ def draw_size(
     archetype: Archetype, rng: Generator, split: str, scale: float = 1.0
 ) -> tuple[float, float, float]:
     """Random size in metres: training uses the lower 85 % of each range, val and test the rest."""
-    low, high = (0.0, 0.85) if split == "train" else (0.85, 1.0)
+    low, high = (0.0, HELD_OUT_SHARE) if split == "train" else (HELD_OUT_SHARE, 1.0)
 
     def pick(interval: Interval) -> float:
         share = rng.uniform(low, high)

@@ -1,6 +1,7 @@
 """Procedural rooms: furniture matches its boxes, layouts are valid, splits are disjoint."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -23,6 +24,7 @@ from spatialvlm.scenes.rooms.build import (
 from spatialvlm.scenes.rooms.grammar import GRAMMARS
 from spatialvlm.scenes.rooms.paths import MAX_STEP_M, MAX_TURN_DEG, eye_clearances
 from spatialvlm.scenes.rooms.placement import Placer, Rect, Shell
+from spatialvlm.scenes.rooms.splits import split_report
 from spatialvlm.scenes.transforms import rz, wrap_deg
 
 
@@ -83,6 +85,24 @@ def test_splits_share_no_grammar_and_no_texture():
     assert len(seeds) == len(set(seeds))
     with pytest.raises(RoomGenerationError, match="galley"):
         draw_room(RoomSpec(0, "train", grammar="galley"))
+
+
+def test_split_report():
+    config = RenderConfig(num_frames=1, width=32, height=32)
+    scenes = [
+        build_room(RoomSpec(seed, split), config)
+        for split in ("train", "val", "test")
+        for seed in range(2)
+    ]
+    scenes.append(build_room(RoomSpec(0, "train", "small"), config))
+    facts, shared = split_report(scenes)
+    assert shared == []
+    assert {split: own.scenes for split, own in facts.items()} == {"train": 3, "val": 2, "test": 2}
+    leak = replace(scenes[0], split="val")
+    _, shared = split_report([*scenes, leak])
+    assert any("share room rooms/train-0000000" in line for line in shared)
+    assert any("share grammar" in line for line in shared)
+    assert any("val has sizes of the training range" in line for line in shared)
 
 
 @pytest.fixture(
