@@ -4,8 +4,8 @@
 
 Renders eight furnished rooms first unless ``--scenes`` names a folder. CPU seconds count, because wall time
 depends on what else runs on the machine. The scene context (boxes, distances, views) is built once per scene
-and counted in ``context_s``; the rate of a task counts every row it emits over the CPU time of all its candidates,
-rejected ones included. Also measured: the full mix, writing parquet, verification, memory per worker, one against
+and counted in ``context_s``; the rate of a task counts every question it emits (each turn of a dialogue is one)
+over the CPU time of all its candidates, rejected ones included. Also measured: the full mix, writing parquet, verification, memory per worker, one against
 two worker processes, and what the two published data sets would cost at these rates. About a minute.
 """
 
@@ -35,13 +35,14 @@ from spatialvlm.synthesis.verify import verify
 from spatialvlm.synthesis.wording import phrase_book
 
 SIMPLE = ("dist_abs", "vsi_rel_dist", "vsi_rel_dir", "ssr_lcm")
-TARGETS = {"simple_rows_per_s": 20_000, "mix_rows_per_s": 3_000}
+TARGETS = {"simple_qa_per_s": 20_000, "mix_qa_per_s": 3_000}
 
 
 def measure_tasks(folder: Path, plan: SynthesisPlan) -> dict[str, object]:
     """Rows per second of each task over all scenes of a folder; rows go to a file as in a worker."""
     seconds: Counter[str] = Counter()
     rows: Counter[str] = Counter()
+    turns: Counter[str] = Counter()
     context_s = write_s = 0.0
     scenes = list(iter_scenes(folder))
     with tempfile.TemporaryDirectory() as temporary:
@@ -63,22 +64,30 @@ def measure_tasks(folder: Path, plan: SynthesisPlan) -> dict[str, object]:
                     write_s += time.process_time() - done
                     seconds[name] += done - start
                     rows[name] += len(made)
+                    turns[name] += sum(_questions(row) for row in made)
             start = time.process_time()
         write_s += time.process_time() - start
         size = target.stat().st_size
-    rates = {name: round(rows[name] / seconds[name]) for name in TASKS if rows[name]}
+    rates = {name: round(turns[name] / seconds[name]) for name in TASKS if rows[name]}
     total = sum(rows.values())
     return {
         "scenes": len(scenes),
         "objects_per_scene": round(sum(len(scene.objects) for scene in scenes) / len(scenes), 1),
         "rows": total,
-        "rows_per_s": dict(sorted(rates.items(), key=lambda item: -item[1])),
+        "questions": sum(turns.values()),
+        "qa_per_s": dict(sorted(rates.items(), key=lambda item: -item[1])),
+        "simple_qa_per_s": round(sum(turns[t] for t in SIMPLE) / sum(seconds[t] for t in SIMPLE)),
         "simple_rows_per_s": round(sum(rows[t] for t in SIMPLE) / sum(seconds[t] for t in SIMPLE)),
+        "mix_qa_per_s": round(sum(turns.values()) / (sum(seconds.values()) + context_s)),
         "mix_rows_per_s": round(total / (sum(seconds.values()) + context_s)),
         "context_s_per_scene": round(context_s / len(scenes), 4),
         "write_rows_per_s": round(total / write_s),
         "bytes_per_row": round(size / total),
     }
+
+
+def _questions(row: dict[str, object]) -> int:
+    return sum(message["role"] == "assistant" for message in row["messages"])
 
 
 def measure_scaling(folder: Path, plan: SynthesisPlan) -> dict[str, float]:

@@ -34,6 +34,7 @@ LETTERS = "ABCDEFGH"
 
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 _FENCE = re.compile(r"^```(?:json)?\s*(.*?)\s*```$", re.DOTALL)
+_POWERS = [10.0**places for places in range(7)]
 _QUANTA = [Decimal(1).scaleb(-places) for places in range(7)]
 
 
@@ -47,7 +48,11 @@ def number_text(value: float, places: int) -> str:
         value: A finite number.
         places: Decimals to write, 0 to 6.
     """
-    quantised = Decimal(repr(round(float(value), 6))).quantize(_QUANTA[places], ROUND_HALF_UP)
+    value = round(float(value), 6)
+    scaled = abs(value) * _POWERS[places]
+    if 0.5 < scaled < 1e9 and abs(scaled % 1.0 - 0.5) > 1e-3:
+        return f"{value:.{places}f}"  # no tie anywhere near: the quick way rounds the same
+    quantised = Decimal(repr(value)).quantize(_QUANTA[places], ROUND_HALF_UP)
     return str(abs(quantised) if quantised == 0 else quantised)
 
 

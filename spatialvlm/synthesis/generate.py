@@ -169,7 +169,7 @@ class RowMaker:
         columns = self._task_columns[task.id]
         if qa.tags:
             columns = {**columns, "tags": [*columns["tags"], *qa.tags]}
-        images, frame_ids, times = self._media_of(tuple(qa.frames))
+        images, frame_ids, times = self._media_of(qa.frames)
         overlap = None
         if len(images) == 2 and qa.media == "images":
             overlap = self.ctx.pair(qa.frames[0], qa.frames[1]).iou

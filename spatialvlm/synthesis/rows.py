@@ -168,7 +168,7 @@ class QA:
     """A complete question about some images, before it becomes a row."""
 
     turns: list[Turn]
-    frames: list[int]
+    frames: tuple[int, ...]
     """Frame indices in the order of the markers."""
     media: MediaKind = "images"
     slots: list[Slot] = field(default_factory=list)
@@ -323,6 +323,13 @@ class Draws:
         """Uniform number in ``[0, 1)``."""
         return self.integer(1 << 32) / (1 << 32)
 
+    def happens(self, share: float) -> bool:
+        """``True`` with probability ``share``; takes one draw even where the outcome is certain."""
+        if share <= 0.0 and self._at < _POOL_BYTES:
+            self._at += 5
+            return False
+        return self.unit() < share
+
     def choice(self, items: Sequence[Item]) -> Item:
         """One item."""
         return items[self.integer(len(items))]
@@ -399,7 +406,9 @@ def finish_row(
         "answer_json": compact_json(
             [turn.answer for turn in qa.turns] if several else first.answer
         ),
-        "answer_text": "\n".join([turn.answer_text for turn in qa.turns]),
+        "answer_text": "\n".join([turn.answer_text for turn in qa.turns])
+        if several
+        else first.answer_text,
         "unit": first.unit,
         "options": list(first.options),
         "choice_idx": first.choice_idx,

@@ -73,12 +73,12 @@ class Writer:
         self.draws = Draws(seed, identity, task, args_json)
         self.base: Form = self.draws.choice(forms)
         """Form of the answer itself; a sentence may still wrap it."""
-        self.in_sentence = self.draws.unit() < wording.sentences
-        self.wants_steps = self.draws.unit() < wording.cot
+        self.in_sentence = self.draws.happens(wording.sentences)
+        self.wants_steps = self.draws.happens(wording.cot)
         self.step_tags: tuple[str, ...] = ()
         self.refs: dict[int, Ref] = {}
         self.marks: list[dict[str, Any]] = []
-        self.frames: list[int] = []
+        self.frames: tuple[int, ...] = ()
         self.media: MediaKind = "images"
 
     @property
@@ -89,7 +89,7 @@ class Writer:
     # Names ---------------------------------------------------------------------------------------
     def show(self, frames: Sequence[int], media: MediaKind = "images") -> None:
         """State which frames the question shows; names are checked against them."""
-        self.frames = list(frames)
+        self.frames = tuple(frames)
         self.media = media
 
     def name(self, obj: int) -> Ref:

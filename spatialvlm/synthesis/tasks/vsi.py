@@ -386,9 +386,10 @@ class VsiRelDir(VideoTask):
         """Triples of objects with labels of their own."""
         pool = ctx.seen_unique
         require_count(pool, 3, Reason.TOO_FEW_OBJECTS)
+        clip = self.clip(ctx)
         for objects in tuples(rng, pool, 3):
             variant = self.variants[int(rng.integers(3))]
-            yield {"variant": variant, "frames": self.clip(ctx), "objects": objects}
+            yield {"variant": variant, "frames": clip, "objects": objects}
 
     def derive(self, ctx: SceneContext, args: Args) -> Derived:
         """A direction word of the variant."""
