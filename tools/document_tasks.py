@@ -45,6 +45,22 @@ again in `tools/verify_qa.py`. Groups: OpenSpatial (arXiv 2604.07296) families S
 
 This page is written by a command, see the head of `tools/document_tasks.py`.
 
+## How rows are made
+
+| step | command | what to know |
+|---|---|---|
+| make | `tools/synthesize.py --scenes S --out Q --tasks all` | the same files for any executor (`serial`, `process`, `ray`), number of workers and `--shard`; killed or stopped (SIGTERM), the same command continues; a scene that fails or needs more than `--scene-timeout` is tried once more in its own process, then listed in `manifest.json`, and tried again by the next run |
+| check | `tools/verify_qa.py Q --scenes S` | every answer is derived again; `--reference` sets for which share a second, independent implementation computes it, too |
+| look for shortcuts | `tools/audit_qa.py Q --scenes S` | priors, option positions, template leaks and a text-only probe per task, in one pass; `--prune` removes what the probe predicts best |
+| even out | `tools/synthesize.py ... --balance B` | answers, numbers, labels and pairs of labels are capped by hash |
+| look | `tools/view_scene.py SCENE --rows Q` | a page with boxes, floor plan, camera path and all questions with their evidence |
+
+Switches of OpenSpatial's ablations, one key of the task file each: `geometry: points` (answers from the visible
+points instead of the boxes), `visibility_filter: false` (hidden objects may be asked about), `tasks` (subsets leave the
+rows of the other tasks as they are); shares of the data are `data.fraction` of a recipe.
+
+## All tasks
+
 | task | family | capability | SSR | dimension | views | forms |
 |---|---|---|---|---|---|---|
 """

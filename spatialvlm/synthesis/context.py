@@ -163,6 +163,8 @@ class SceneContext:
         """Some visibility was guessed from boxes alone: neither depth nor instances were measured."""
         self.slot_parts: dict[tuple[Any, ...], tuple[dict[str, Any], str]] = {}
         """Fixed parts of the slots of rows and their JSON text, filled by ``writer``."""
+        self.plain_names: dict[int, Any] = {}
+        """Names of objects that their label alone singles out, filled by ``referral``."""
         self.edges: dict[tuple[int, ...], list[Any]] = {}
         """Relations of views and of pairs of objects, filled by ``scene_graph``."""
         self._seen_in: dict[tuple[int, ...], list[tuple[bool, float]]] = {}

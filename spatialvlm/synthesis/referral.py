@@ -83,7 +83,10 @@ def refer(
         if named is not None:
             return named
     if not rivals:
-        return Ref(obj, f"the {label}", label, "label")
+        if obj not in ctx.plain_names:
+            ctx.plain_names[obj] = Ref(obj, f"the {label}", label, "label")
+        found: Ref = ctx.plain_names[obj]
+        return found
     # A relation must single the object out in the whole scene, not only among what is shown.
     others = [o for o in ctx.by_label[label] if o != obj]
     for strategy in (by_colour, by_size):

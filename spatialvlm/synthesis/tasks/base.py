@@ -135,6 +135,11 @@ def shuffled(rng: Generator, items: Sequence[object]) -> list[int]:
     return order
 
 
+def pick(rng: Generator, words: Sequence[str]) -> str:
+    """One of the words; a single one takes no draw."""
+    return words[0] if len(words) == 1 else words[int(rng.integers(len(words)))]
+
+
 def tuples(
     rng: Generator, pool: Sequence[int], size: int, *, ordered: bool = True
 ) -> Iterator[list[int]]:
@@ -196,7 +201,7 @@ def per_frame(
         if not usable:
             return
         for objects in take_sizes(rng, view.clean, usable, ordered):
-            variant = variants[int(rng.integers(len(variants)))]
+            variant = pick(rng, variants)
             yield {"variant": variant, "frames": [view.frame_id], "objects": objects}
 
     yield from take_turns([stream(pool[i]) for i in shuffled(rng, pool)])
@@ -206,6 +211,9 @@ def take_sizes(
     rng: Generator, pool: Sequence[int], sizes: Sequence[int], ordered: bool
 ) -> Iterator[list[int]]:
     """Tuples of several sizes, a size drawn for each."""
+    if len(sizes) == 1:
+        yield from tuples(rng, pool, sizes[0], ordered=ordered)
+        return
     streams = {k: tuples(rng, pool, k, ordered=ordered) for k in sizes}
     while streams:
         size = list(streams)[int(rng.integers(len(streams)))]
@@ -232,7 +240,7 @@ def per_pair(
         frames = [ctx.view(i).frame_id, ctx.view(j).frame_id]
         objects = tuples(rng, ctx.pair(i, j).shared, size) if size else iter([[]])
         for chosen in objects:
-            variant = variants[int(rng.integers(len(variants)))]
+            variant = pick(rng, variants)
             yield {"variant": variant, "frames": frames, "objects": chosen}
 
     yield from take_turns([stream(i, j) for i, j in mixed_pairs(ctx, rng)])

@@ -15,7 +15,7 @@ from numpy.random import Generator
 from spatialvlm.synthesis.context import SceneContext, View, require, require_range, tightest
 from spatialvlm.synthesis.relations import GAP_M, above, left_of, separation
 from spatialvlm.synthesis.rows import QA, Args, Derived, Margin, Reason, Reject
-from spatialvlm.synthesis.tasks.base import shuffled, take_turns, tuples
+from spatialvlm.synthesis.tasks.base import pick, shuffled, take_turns, tuples
 from spatialvlm.synthesis.tasks.camera import move_in_view
 from spatialvlm.synthesis.tasks.vsi import VideoTask, number_turn
 from spatialvlm.synthesis.writer import Writer, dominant
@@ -38,7 +38,7 @@ class FrameTask(VideoTask):
             view = ctx.view(clip[position])
             pool = [o for o in view.clean if ctx.not_hidden(view, ctx.labels[o]) == [o]]
             for objects in tuples(rng, pool, size):
-                variant = self.variants[int(rng.integers(len(self.variants)))]
+                variant = pick(rng, self.variants)
                 yield {"variant": variant, "frames": clip, "at": [position], "objects": objects}
 
         yield from take_turns([stream(i) for i in shuffled(rng, clip)])
