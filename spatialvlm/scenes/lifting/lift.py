@@ -5,11 +5,8 @@ write_lifted(lifted, Path("data/scenes/lifted"))
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +17,11 @@ from spatialvlm.scenes.boxes import Box
 from spatialvlm.scenes.cameras import Camera
 from spatialvlm.scenes.importers.common import normalise_label
 from spatialvlm.scenes.lifting.features import FeatureStore, remembered
-from spatialvlm.scenes.lifting.pipeline import PipelineStats, Stage, StageError, run_stages
+from spatialvlm.scenes.lifting.perceive import Percept, perceive
+from spatialvlm.scenes.lifting.pipeline import PipelineStats
 from spatialvlm.scenes.lifting.protocols import (
     Backends,
     CameraEstimator,
-    Detection,
-    Mask,
     Poses,
 )
 from spatialvlm.scenes.lifting.refine import instance_map
@@ -34,19 +30,14 @@ from spatialvlm.scenes.lifting.stages import (
     LiftedObject,
     Observation,
     fit_objects,
-    keep_mask,
-    mask_points,
 )
 from spatialvlm.scenes.lifting.world import level_rotation, scale_factors
 from spatialvlm.scenes.schema import Frame, Object, Room, Scene
 from spatialvlm.scenes.transforms import Array, rigid, rx, transform_points
 from spatialvlm.scenes.visibility import frame_visibility
 
-BATCH = 4
 VIEW_FROM_CAM = rx(-np.pi / 2)
 """Rotation from OpenCV axes (y down, z forward) to a level world seen along +y (z up)."""
-Part = tuple[str, float, Array]
-"""Label, score and camera-frame points of one mask."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,19 +51,6 @@ class Lifted:
     """Z-depth in the unit of the scene."""
     instances: tuple[npt.NDArray[np.uint16], ...]
     """Refined masks as maps of object index + 1."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Item:
-    """One frame on its way through the stages."""
-
-    index: int
-    image: Array
-    depth: Array | None = None
-    tags: tuple[str, ...] = ()
-    boxes: tuple[Detection, ...] = ()
-    masks: tuple[Mask, ...] = ()
-    parts: tuple[Part | None, ...] = ()
 
 
 def lift_video(
@@ -185,14 +163,14 @@ def _lift(
 ) -> Lifted:
     """All steps in order."""
     counters: Counter[str] = Counter()
-    items, poses = _run_backends(images, backends, stats, workers)
+    items, poses = perceive(images, backends, stats, workers)
     items, cameras, metric = _scaled(items, poses, backends)
     cameras, aligned = _levelled(cameras, items, backends)
     things = backends.merger(_observations(items, cameras, counters))
     fitted = fit_objects(things, counters, fitter=backends.fitter, min_frames=min_frames)
     boxes = [box for _, box in fitted]
     instances = [
-        instance_map(item.image, _depth_of(item), camera, fitted, backends.segmenter, counters)
+        instance_map(item.image, item.known_depth, camera, fitted, backends.segmenter, counters)
         for item, camera in zip(items, cameras, strict=True)
     ]
     frames = [
@@ -204,7 +182,7 @@ def _lift(
             intrinsics=camera.intrinsics,
             world_from_cam=camera.world_from_cam,
             time_s=time,
-            visible=frame_visibility(boxes, camera, _depth_of(item), ids),
+            visible=frame_visibility(boxes, camera, item.known_depth, ids),
         )
         for name, time, item, camera, ids in zip(
             names.frames, names.times_s, items, cameras, instances, strict=True
@@ -224,89 +202,17 @@ def _lift(
     return Lifted(
         scene,
         tuple(item.image for item in items),
-        tuple(_depth_of(item).astype(np.float32) for item in items),
+        tuple(item.known_depth.astype(np.float32) for item in items),
         tuple(instances),
     )
 
 
-def _run_backends(
-    images: Array, backends: Backends, stats: PipelineStats | None, workers: int
-) -> tuple[list[_Item], Poses]:
-    """Everything neural: poses of all frames beside the stages that work frame by frame."""
-    with ThreadPoolExecutor(max_workers=1) as thread, _points_pool(workers) as pool:
-        posing = thread.submit(_poses, backends, images)
-        stages = _stages(backends, posing, pool)
-        items: list[_Item] = run_stages(
-            stages, [_Item(i, image) for i, image in enumerate(images)], stats=stats
-        )
-        return items, posing.result()
-
-
-@contextmanager
-def _points_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
-    if workers == 0:
-        yield None
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield pool
-
-
-def _poses(backends: Backends, images: Array) -> Poses:
-    try:
-        return backends.pose.poses(images)
-    except Exception as error:
-        raise StageError(
-            f"lifting stage 'poses' failed: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _stages(
-    backends: Backends, posing: Future[Poses], pool: ProcessPoolExecutor | None
-) -> list[Stage]:
-    """Depth, tags, boxes, masks and points as stages over frames."""
-
-    def depth(items: list[_Item]) -> list[_Item]:
-        found = backends.depth.depth(_stack(items))
-        return [replace(item, depth=np.asarray(d)) for item, d in zip(items, found, strict=True)]
-
-    def tag(items: list[_Item]) -> list[_Item]:
-        found = backends.tagger.tags(_stack(items))
-        return [replace(item, tags=tuple(tags)) for item, tags in zip(items, found, strict=True)]
-
-    def detect(items: list[_Item]) -> list[_Item]:
-        found = backends.detector.detect(_stack(items), [item.tags for item in items])
-        return [replace(item, boxes=tuple(boxes)) for item, boxes in zip(items, found, strict=True)]
-
-    def segment(items: list[_Item]) -> list[_Item]:
-        found = backends.segmenter.segment(_stack(items), [item.boxes for item in items])
-        return [replace(item, masks=tuple(masks)) for item, masks in zip(items, found, strict=True)]
-
-    def points(items: list[_Item]) -> list[_Item]:
-        intrinsics = posing.result().intrinsics
-        run = map if pool is None else pool.map
-        found = run(_parts, items, [intrinsics[item.index] for item in items])
-        return [replace(item, parts=tuple(parts)) for item, parts in zip(items, found, strict=True)]
-
-    calls = {"depth": depth, "tags": tag, "detect": detect, "segment": segment, "points": points}
-    return [Stage(name, call, BATCH) for name, call in calls.items()]
-
-
-def _parts(item: _Item, intrinsics: Array) -> list[Part | None]:
-    """Points of the good masks of one frame; ``None`` for masks that give too few."""
-    found: list[Part | None] = []
-    for box, mask in zip(item.boxes, item.masks, strict=True):
-        if keep_mask(mask.pixels, mask.score):
-            points = mask_points(mask.pixels, _depth_of(item), intrinsics)
-            found.append(None if points is None else (box.label, box.score, points))
-    return found
-
-
 def _scaled(
-    items: Sequence[_Item], poses: Poses, backends: Backends
-) -> tuple[list[_Item], list[Camera], bool]:
+    items: Sequence[Percept], poses: Poses, backends: Backends
+) -> tuple[list[Percept], list[Camera], bool]:
     """Depth, points and cameras at one scale, and whether it is metric."""
     depth_factor, pose_factor, metric = scale_factors(
-        [_depth_of(item) for item in items],
+        [item.known_depth for item in items],
         poses.world_from_cam,
         poses.intrinsics,
         metric_depth=backends.depth.metric,
@@ -321,7 +227,7 @@ def _scaled(
     moved = [
         replace(
             item,
-            depth=_depth_of(item) * depth_factor,
+            depth=item.known_depth * depth_factor,
             parts=tuple(p and (p[0], p[1], p[2] * depth_factor) for p in item.parts),
         )
         for item in items
@@ -330,11 +236,11 @@ def _scaled(
 
 
 def _levelled(
-    cameras: list[Camera], items: Sequence[_Item], backends: Backends
+    cameras: list[Camera], items: Sequence[Percept], backends: Backends
 ) -> tuple[list[Camera], bool]:
     """Turn the world so that the floor is horizontal; the flag says whether that worked."""
     points = np.concatenate(
-        [_sparse_points(_depth_of(item), c) for item, c in zip(items, cameras, strict=True)]
+        [_sparse_points(item.known_depth, c) for item, c in zip(items, cameras, strict=True)]
     )
     up = backends.gravity.up(points, np.stack([-camera.rotation[:, 1] for camera in cameras]))
     if up is None:
@@ -353,7 +259,7 @@ def _sparse_points(
 
 
 def _observations(
-    items: Sequence[_Item], cameras: Sequence[Camera], counters: Counter[str]
+    items: Sequence[Percept], cameras: Sequence[Camera], counters: Counter[str]
 ) -> list[Observation]:
     """Points of all masks in the world; masks without are counted."""
     found = []
@@ -371,7 +277,7 @@ def _observations(
 
 def _objects(
     fitted: Sequence[tuple[LiftedObject, Box]],
-    items: Sequence[_Item],
+    items: Sequence[Percept],
     instances: Sequence[Array],
     backends: Backends,
     *,
@@ -406,7 +312,7 @@ def _objects(
 
 
 def _largest_crop(
-    index: int, items: Sequence[_Item], instances: Sequence[Array]
+    index: int, items: Sequence[Percept], instances: Sequence[Array]
 ) -> npt.NDArray[np.uint8] | None:
     """The picture of an object from the frame that shows most of it."""
     pixels = [int((ids == index + 1).sum()) for ids in instances]
@@ -425,12 +331,3 @@ def _used(backends: Backends) -> dict[str, str]:
     return {
         name: f"{getattr(backends, name).id}@{getattr(backends, name).version}" for name in parts
     }
-
-
-def _stack(items: Sequence[_Item]) -> Array:
-    return np.stack([item.image for item in items])
-
-
-def _depth_of(item: _Item) -> Array:
-    assert item.depth is not None
-    return item.depth

@@ -11,6 +11,7 @@ from PIL import Image
 
 from spatialvlm.scenes.io import load_instances, load_rgb, load_scene
 from spatialvlm.scenes.lifting import hf_backends
+from spatialvlm.scenes.lifting.protocols import choose_keyframes
 from spatialvlm.scenes.rooms.build import (
     RenderConfig,
     RoomSpec,
@@ -125,6 +126,23 @@ def test_videos_are_sampled_by_time(command, tmp_path):
     images, times = command.decode_video(tmp_path / "clip.mp4", 2.0)
     assert times == pytest.approx([0.0, 0.5, 1.0, 1.5, 2.0, 2.5])
     assert images[3].mean() == pytest.approx(8 * 15, abs=6)
+
+
+def test_real_video_and_real_walk(command, real_dir):
+    """A real clip (398x224, 3 fps, 144.7 s) and real frames of a walk: what would be lifted."""
+    images, times = command.decode_video(
+        real_dir / "qwen3vl_finetune" / "demo" / "videos" / "v_rBMQFpHspmo.mp4", 0.1
+    )
+    assert images.shape[1:] == (224, 398, 3)
+    assert len(times) == 15
+    assert np.diff(times) == pytest.approx([10.0] * 14, abs=0.4)
+    folder = str(real_dir / "vlm3r_arkit_47334096")
+    arguments = command.parse_arguments(["--frames-dir", folder, "--name", "x", "--out", "x"])
+    images, times = command.read_frames(arguments)
+    assert images.shape == (12, 640, 480, 3)
+    chosen = choose_keyframes(images, 4)
+    assert len(chosen) == 4
+    assert all(3 * i <= index < 3 * (i + 1) for i, index in enumerate(chosen))
 
 
 @pytest.mark.slow
