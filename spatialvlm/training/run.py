@@ -176,6 +176,11 @@ def open_run(config: TrainConfig, arguments: Arguments, processes: Processes) ->
     run.stop.install()
     for name, digest in lineage.get("code", {}).items():
         run.say(f"trusted code of {config.model.init_from}: {name} sha256 {digest}")
+    if config.stage == 2 and lineage.get("stage") is None:
+        run.say(
+            f"warning: model.init_from={config.model.init_from} is no export of stage 1; without stage 1 SSR's ablation "
+            "loses 3.1 points on VSI-Bench (arXiv 2603.00409)"
+        )
     try:
         _choose_checkpoint(run)
     except USER_ERRORS:

@@ -143,25 +143,36 @@ def test_a_signal_while_weights_load_is_answered_at_step_0(run, recipe, tmp_path
     assert losses(tmp_path / "run") == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-5)
 
 
-def test_a_tracker_that_cannot_be_reached_is_logged_offline(
+def test_a_tracker_that_cannot_be_reached_is_logged_offline_under_the_same_id(
     run, recipe, tmp_path, monkeypatch, capsys
 ):
     import wandb
 
-    modes, original = [], wandb.init
+    modes, ids, original = [], [], wandb.init
 
     def init(*, mode, **options):
         modes.append(mode)
         if mode == "online":
             raise wandb.errors.CommError("no network")
-        return original(mode=mode, **options)
+        started = original(mode=mode, **options)
+        ids.append((options["id"], started.id))
+        return started
 
     monkeypatch.setattr(wandb, "init", init)
-    options = ("log.wandb={project: p}", "data.length.steps=1", "schedule.warmup_ratio=0.0", "export.final=false")  # fmt: skip
-    assert run(1, recipe(1, "qwen3vl"), f"run.dir={tmp_path / 'run'}", *options) == 0
-    assert modes == ["online", "offline"]
+    options = (
+        f"run.dir={tmp_path / 'run'}",
+        "log.wandb={project: p}",
+        "data.length.steps=2",
+        "export.final=false",
+    )
+    assert run(1, recipe(1, "qwen3vl"), *options, "run.stop_after_steps=1") == 0
     assert "`wandb sync` uploads it later" in capsys.readouterr().err
+    assert run(1, recipe(1, "qwen3vl"), *options) == 0
+    assert modes == ["online", "offline"] * 2
     assert list((tmp_path / "run" / "wandb").glob("offline-run*/*.wandb"))
+    (asked, first), (again, second) = ids
+    assert asked is None
+    assert again == second == first  # the resumed run continues the same curves
 
 
 def test_evaluations_are_checked_at_the_start_and_forgiven_once(

@@ -127,7 +127,9 @@ def test_stage_2_starts_from_a_finished_stage_1(run, recipe, tmp_path, capsys):
     assert run(2, recipe(2, "qwen3vl"), *start) == 1
     assert "model.allow_unfinished=true" in capsys.readouterr().err
     (one / "run.json").write_text(json.dumps(record))
+    capsys.readouterr()
     assert run(2, recipe(2, "qwen3vl"), *start) == 0
+    assert "without stage 1" not in capsys.readouterr().err
     lineage = json.loads((two / "checkpoints" / "step-00000002" / "manifest.json").read_text())[
         "lineage"
     ]
@@ -139,6 +141,9 @@ def test_stage_2_starts_from_a_finished_stage_1(run, recipe, tmp_path, capsys):
     weights.write_bytes(data)
     assert run(2, recipe(2, "qwen3vl"), f"run.dir={tmp_path / 'x'}", *start[1:]) == 1
     assert "another sha256 than when it was exported" in capsys.readouterr().err
+    other = (f"run.dir={tmp_path / 'other'}", *short)
+    assert run(2, recipe(2, "qwen3vl"), *other) == 0
+    assert "is no export of stage 1; without stage 1" in capsys.readouterr().err
 
 
 def test_adapters_are_merged_into_the_names_of_the_base(run, recipe, tiny_checkpoint, tmp_path):
