@@ -203,7 +203,7 @@ def toy_config(root: Path, sources: list[dict[str, Any]], **changes: Any) -> Any
 
 
 def write_mix(root: Path, num_rows: int) -> list[dict[str, Any]]:
-    """Sources of a 1:1 mix: eight short questions per photograph, and text of 60 to 500 words."""
+    """A 1:1 mix: eight short questions per photograph; text of 60 to 500 words, or a photograph each."""
     rng = np.random.default_rng(0)
     words = np.array(
         [
@@ -244,8 +244,14 @@ def write_mix(root: Path, num_rows: int) -> list[dict[str, Any]]:
             row = {"messages": talk(f"<image>\n{say(12)}?", say(3)), "images": [photo]}
             out.write(json.dumps(row) + "\n")
     with (root / "general.jsonl").open("w") as out:
-        for _ in range(num_rows - half):
+        for number in range(num_rows - half):
             row = {"messages": talk(say(30), say(int(rng.integers(30, 470))))}
+            if number % 2:
+                question = f"<image>\n{say(15)}?"
+                row = {
+                    "messages": talk(question, say(40)),
+                    "images": [f"photos/{number % (1 + half // 8)}.jpg"],
+                }
             out.write(json.dumps(row) + "\n")
     return [
         {"name": name, "family": name, "files": [f"{name}.jsonl"], "root": str(root)}

@@ -153,6 +153,8 @@ def show(result: dict[str, Any]) -> None:
             f"  {key:28} "
             + " / ".join(f"{100 * a / b:5.1f} %" for a, b in zip(parts, totals, strict=True))
         )
+    for text in label_notes(result["shares"]):
+        print(f"note: {text}")
     p = result["plan"]
     print(f"\nplan of {p['steps']} steps: {p['packs']} packs ({p['empty_packs']} empty), "
           f"{p['micro_steps_per_step']:.2f} micro-steps per step, fill {100 * p['fill']:.1f} %, "
@@ -174,6 +176,23 @@ def show(result: dict[str, Any]) -> None:
     print(
         f"took {s['index_and_lengths']:.1f} s for index and lengths, {s['plan']:.1f} s for the plan"
     )
+
+
+def label_notes(shares: dict[str, dict[str, int]]) -> list[str]:
+    """Families whose share of the label tokens is far from their share of the samples."""
+    notes = []
+    samples, labels = shares.get("samples", {}), shares.get("label_tokens", {})
+    for key, count in samples.items():
+        if not key.startswith("family/") or not count:
+            continue
+        share = count / family_total(samples)
+        of_labels = labels.get(key, 0) / max(family_total(labels), 1)
+        if of_labels < share / 2:
+            notes.append(
+                f"{key.replace('/', ' ')} has {100 * share:.0f} % of the samples and {100 * of_labels:.0f} % of the label "
+                "tokens; data.loss_weighting: sample or sqrt changes what counts"
+            )
+    return notes
 
 
 def family_total(counts: dict[str, int]) -> int:

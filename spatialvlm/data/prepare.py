@@ -24,7 +24,6 @@ from spatialvlm.data.sample import (
     Draw,
     EncodedSample,
     Sample,
-    Turn,
 )
 from spatialvlm.data.template import ChatTemplate
 from spatialvlm.errors import MarkError
@@ -177,18 +176,20 @@ class SampleEncoder:
 
 def _notes(sample: Sample, fitted: Fitted) -> int:
     """Bits of ``NOTES``."""
-    found = {
-        fitted.outcome,
-        "animated_image" if any(info.header.animated for info in fitted.media) else "",
-        "frame_times_assumed" if any(info.header.times_assumed for info in fitted.media) else "",
-        "boundary_merge" if any(_opens_blank(turn) for turn in sample.turns) else "",
-        "coords_rewritten" if fitted.boxes_rewritten else "",
-    }
-    return sum([1 << bit for bit, name in enumerate(NOTES) if name in found])
-
-
-def _opens_blank(turn: Turn) -> bool:
-    return turn.role == "assistant" and str(turn.parts[0])[:1].isspace()
+    found: set[str] = set()
+    if fitted.outcome != "kept":
+        found.add(fitted.outcome)
+    for info in fitted.media:
+        if info.header.animated:
+            found.add("animated_image")
+        if info.header.times_assumed:
+            found.add("frame_times_assumed")
+    for turn in sample.turns:
+        if turn.role == "assistant" and str(turn.parts[0])[:1].isspace():
+            found.add("boundary_merge")
+    if fitted.boxes_rewritten:
+        found.add("coords_rewritten")
+    return sum([1 << NOTES.index(name) for name in found])
 
 
 def plan_sample_media(

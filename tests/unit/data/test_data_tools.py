@@ -114,6 +114,18 @@ def test_plan_counts_what_was_done_to_samples(recipe, toy_data, tmp_path, capsys
     assert "tokens removed from over-long samples" in printed
 
 
+def test_plan_says_when_a_family_has_few_labels(recipe, toy_data, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(toy_data, copy)
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "long " * 90}]
+    (copy / "general.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 12)
+    assert tool("plan_data")([str(recipe(copy)), "--world", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"note: family spatial has 50 % of the samples and \d % of the label tokens", printed
+    )
+
+
 def test_plan_exit_codes(recipe, toy_data, tmp_path, capsys):
     assert tool("plan_data")([str(recipe()), "data.overlongg=reject"]) == 2
     assert "did you mean 'overlong'" in capsys.readouterr().err
