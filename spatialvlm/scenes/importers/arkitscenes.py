@@ -23,6 +23,7 @@ from spatialvlm.scenes.importers.common import (
     ImportOptions,
     ImportReport,
     ObjectList,
+    axes_from_rows,
     choose_frames,
     measure_visibility,
     quarter_turns_to_upright,
@@ -111,8 +112,7 @@ def _objects(path: Path, report: ImportReport) -> ObjectList:
     objects = ObjectList(report)
     for entry in entries:
         box = entry["segments"]["obbAligned"]
-        # Rows of normalizedAxes are the axes.
-        rotation = np.array(box["normalizedAxes"], dtype=np.float64).reshape(3, 3).T
+        rotation = axes_from_rows(box["normalizedAxes"], report)
         objects.add(
             (box["centroid"], box["axesLengths"], rotation),
             entry["label"],

@@ -110,6 +110,21 @@ def reference_scans(root: Path) -> dict[str, str]:
         raise ImporterError(f"{path}: not the scan list of 3RScan: {error!r}.") from error
 
 
+def axes_from_rows(
+    normalized_axes: npt.ArrayLike, report: ImportReport
+) -> Float[np.ndarray, "3 3"]:
+    """Rotation of a box whose axes are stored as the rows of nine numbers.
+
+    A box is a symmetric solid: left-handed axes describe the same one with the third axis turned round,
+    which is counted.
+    """
+    rotation: Array = np.array(normalized_axes, dtype=np.float64).reshape(3, 3).T
+    if np.linalg.det(rotation) < 0:
+        rotation[:, 2] *= -1
+        report.count("mirrored_axes")
+    return rotation
+
+
 @dataclass
 class ObjectList:
     """Collects objects leniently: what is broken is dropped and counted."""

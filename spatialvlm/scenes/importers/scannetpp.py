@@ -27,6 +27,7 @@ from spatialvlm.scenes.importers.common import (
     ImportOptions,
     ImportReport,
     ObjectList,
+    axes_from_rows,
     choose_frames,
     measure_visibility,
     stored_size,
@@ -68,10 +69,7 @@ def read_scene(root: Path, name: str, options: ImportOptions, report: ImportRepo
     groups = _json(folder / "scans" / "segments_anno.json").get("segGroups", [])
     for group in groups:
         box = group["obb"]
-        rotation = np.array(box["normalizedAxes"], dtype=np.float64).reshape(3, 3).T
-        if np.linalg.det(rotation) < 0:
-            rotation[:, 2] *= -1  # the same solid; min/max do not change
-            report.count("mirrored_axes")
+        rotation = axes_from_rows(box["normalizedAxes"], report)
         objects.add(
             (box["centroid"], box["axesLengths"], rotation),
             group["label"],

@@ -24,6 +24,7 @@ from spatialvlm.scenes.importers.common import (
     ImportOptions,
     ImportReport,
     ObjectList,
+    axes_from_rows,
     choose_frames,
     measure_visibility,
     normalise_label,
@@ -188,13 +189,9 @@ def _load(path: Path) -> dict[str, Any]:
 def _add(objects: ObjectList, label: str, number: int, item: Mapping[str, Any], where: str) -> None:
     try:
         center, lengths = np.array(item["centroid"], float), np.array(item["axesLengths"], float)
-        rotation = np.array(item["normalizedAxes"], float).reshape(3, 3).T
+        rotation = axes_from_rows(item["normalizedAxes"], objects.report)
     except (KeyError, ValueError) as error:
         raise ImporterError(f"{where}, {label} {number}: bad or missing key {error}.") from error
-    if np.linalg.det(rotation) < 0:
-        # A box is symmetric: turning one axis round describes the same solid.
-        rotation[:, 2] *= -1
-        objects.report.count("mirrored_axes")
     if "min" in item and np.isfinite(lengths).all() and lengths.min() > 0:
         reach = np.abs(rotation) @ lengths / 2
         worst = max(

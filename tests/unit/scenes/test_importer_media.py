@@ -150,6 +150,23 @@ def test_mirrored_and_impossible_cameras_are_counted(tmp_path):
         list(scannet.iter_scenes(tmp_path / "a", options, ImportReport()))
 
 
+def test_mirrored_axes_are_the_same_solid_and_counted(tmp_path):
+    frames = write_arkit(tmp_path)
+    path = frames.parent / f"{frames.parent.name}_3dod_annotation.json"
+    content = json.loads(path.read_text())
+    obb = content["data"][0]["segments"]["obbAligned"]
+    obb["normalizedAxes"] = [*obb["normalizedAxes"][:6], *(-v for v in obb["normalizedAxes"][6:])]
+    skewed = content["data"][1]["segments"]["obbAligned"]
+    skewed["normalizedAxes"] = [1, 0, 0, 0.5, 1, 0, 0, 0, 1]
+    path.write_text(json.dumps(content))
+    report = ImportReport()
+    (scene,) = arkitscenes.iter_scenes(tmp_path, ImportOptions(), report)
+    assert (report.counters["mirrored_axes"], report.counters["bad_box"]) == (1, 1)
+    corners = scene.objects[0].box.corners
+    nearest = np.abs(corners[:, None] - BOXES[0].corners[None]).max(axis=2).min(axis=1)
+    assert nearest.max() < 1e-9
+
+
 def test_scannet_depth_has_another_resolution(tmp_path):
     """Colour is 1296x968 and depth 640x480 there; here depth has half the pixels."""
     folder = write_scannet(tmp_path / "raw", exported=True)
