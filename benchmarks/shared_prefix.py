@@ -1,7 +1,7 @@
 """Shared-prefix training against separate samples: time, parts, gradients.
 
     python benchmarks/shared_prefix.py --json benchmarks/results/shared_prefix.json
-    python benchmarks/shared_prefix.py --k 8 --prefix 1000 --family qwen3vl
+    python benchmarks/shared_prefix.py --k 8 --prefix 1000 --family qwen3vl internvl3
     python benchmarks/shared_prefix.py --mix --json benchmarks/results/shared_prefix_mix.json
     python benchmarks/shared_prefix.py --device cuda --attention tree_flex --dtype bfloat16 --prefix 250 1000 4000
 
@@ -53,9 +53,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--family", default="qwen2_5vl", choices=["qwen2_5vl", "qwen3vl", "internvl3"]
-    )
+    families = ["qwen2_5vl", "qwen3vl", "internvl3"]
+    parser.add_argument("--family", nargs="+", choices=families, default=families[:1])
     parser.add_argument("--k", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--prefix", type=int, nargs="+", default=[250, 1000, 4000])
     parser.add_argument(
@@ -71,23 +70,24 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(1 if args.device == "cpu" else torch.get_num_threads())
-    kit = make_kit(args)
     if args.mix:
-        result = mix(kit)
+        result = mix(make_kit(args.family[0], args))
         print(json.dumps(result, indent=2))
         if args.json:
             args.json.write_text(json.dumps(result, indent=2) + "\n")
         return
     results = []
-    print(f"{'K':>3} {'P':>5} {'separate s':>11} {'shared s':>9} {'speed-up':>8} {'limit':>6} {'of limit':>8} "
+    print(f"{'family':10} {'K':>3} {'P':>5} {'separate s':>11} {'shared s':>9} {'speed-up':>8} {'limit':>6} {'of limit':>8} "
           f"{'vision':>7} {'language':>8} {'gradient':>9}")  # fmt: skip
-    for prefix in args.prefix:
-        for row in compare(kit, sorted(args.k), prefix, args.branch, args.repeats):
-            results.append(row)
-            print(f"{row['k']:3} {row['prefix_tokens']:5} {row['separate_s']:11.3f} {row['shared_s']:9.3f} "
-                  f"{row['speedup']:7.2f}x {row['limit']:5.2f}x {100 * row['of_limit']:7.1f}% "
-                  f"{row['vision_speedup']:6.2f}x {row['language_speedup']:7.2f}x {row['gradient_difference']:9.1e}",
-                  flush=True)  # fmt: skip
+    for family in args.family:
+        kit = make_kit(family, args)
+        for prefix in args.prefix:
+            for row in compare(kit, sorted(args.k), prefix, args.branch, args.repeats):
+                results.append({"family": family, **row})
+                print(f"{family:10} {row['k']:3} {row['prefix_tokens']:5} {row['separate_s']:11.3f} {row['shared_s']:9.3f} "
+                      f"{row['speedup']:7.2f}x {row['limit']:5.2f}x {100 * row['of_limit']:7.1f}% "
+                      f"{row['vision_speedup']:6.2f}x {row['language_speedup']:7.2f}x {row['gradient_difference']:9.1e}",
+                      flush=True)  # fmt: skip
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         machine = {
@@ -105,10 +105,10 @@ def main() -> None:
         )
 
 
-def make_kit(args: argparse.Namespace) -> Kit:
+def make_kit(family: str, args: argparse.Namespace) -> Kit:
     """A random model of the demo size: real classes, few layers."""
-    folder = Path(tempfile.mkdtemp()) / args.family
-    make_checkpoint(args.family, folder, size="demo")
+    folder = Path(tempfile.mkdtemp()) / family
+    make_checkpoint(family, folder, size="demo")
     device = torch.device(args.device)
     model = build_model(
         folder, attention=args.attention, dtype=getattr(torch, args.dtype), device=device

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -208,7 +209,7 @@ def describe(record: dict[str, Any]) -> str:
         return f"{start} {record['error']}"
     return (
         f"{start} {record['tokens_per_cpu_s']:7.0f} tokens/CPU-s {record['samples_per_cpu_s']:6.2f} samples/CPU-s  "
-        f"padding {record['padding']:5.1%}  first loss {record['first_loss']:.3f}  core {record['gemm_gflops']:.0f} GFLOP/s"
+        f"{record['tokens_per_sample']:5.0f} tokens/sample  padding {record['padding']:5.1%}  first loss {record['first_loss'] or math.nan:.3f}  core {record['gemm_gflops']:.0f} GFLOP/s"
     )
 
 

@@ -62,6 +62,7 @@ def main() -> None:
     work = Path(tempfile.mkdtemp())
     os.environ |= {
         "MAX_PIXELS": str(FRAME_SIDE**2),
+        "VIDEO_MIN_PIXELS": str(FRAME_SIDE**2),  # its default enlarges frames to 128 tokens
         "VIDEO_MAX_PIXELS": str(FRAME_SIDE**2),
         "VIDEO_TOTAL_PIXELS": str(FRAMES * FRAME_SIDE**2),
         "MODELSCOPE_CACHE": str(work / "cache"),

@@ -112,6 +112,21 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
+def read_mask(mask: torch.Tensor) -> tuple[int, int]:
+    """Real tokens and samples of a batch.
+
+    Args:
+        mask: ``[B, T]``, positive where a token is real, one sample per row; or ``[B, 1, T, T]`` of packs, true or zero where a
+            query may see a key: a sample begins where a token sees itself and not the one before.
+    """
+    if mask.ndim == 2:
+        return int((mask > 0).sum()), len(mask)
+    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    real = seen.diagonal(dim1=1, dim2=2)
+    continued = seen.diagonal(offset=-1, dim1=1, dim2=2)
+    return int(real.sum()), int(real.sum() - (real[:, 1:] & continued).sum())
+
+
 def watch_trainer(stopwatch: Stopwatch) -> None:
     """Count the batches and losses of whatever ``transformers.Trainer`` runs next in this process."""
     import transformers
@@ -122,13 +137,8 @@ def watch_trainer(stopwatch: Stopwatch) -> None:
     def training_step(
         self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        padded = mask is not None and mask.ndim == 2
-        tokens = int((mask > 0).sum()) if padded else ids.numel()
-        positions = inputs.get("position_ids")
-        packed = not padded and positions is not None
-        samples = int((positions.reshape(-1, ids.numel())[0] == 0).sum()) if packed else len(ids)
-        stopwatch.count(tokens, ids.numel(), samples)
+        tokens, samples = read_mask(inputs["attention_mask"])
+        stopwatch.count(tokens, inputs["input_ids"].numel(), samples)
         return original(self, model, inputs, *args, **kwargs)
 
     log = transformers.Trainer.log

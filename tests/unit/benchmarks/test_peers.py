@@ -116,6 +116,19 @@ def test_stopwatch_refuses_a_run_that_only_warmed_up():
         watch.result()
 
 
+@pytest.mark.parametrize("floating", [False, True])
+def test_masks_tell_real_tokens_and_samples(floating):
+    torch = pytest.importorskip("torch")
+    read_mask = load("peers/stopwatch").read_mask
+    assert read_mask(torch.tensor([[1, 1, 0], [0, 1, 1]])) == (4, 2)
+    sample = torch.tensor([0, 0, 1, 1, 1, -1])  # two samples and padding in one pack
+    same = (sample[:, None] == sample) & (sample >= 0)
+    mask = (same & torch.ones(6, 6, dtype=torch.bool).tril())[None, None]
+    if floating:
+        mask = torch.zeros(1, 1, 6, 6).masked_fill(~mask, torch.finfo(torch.float32).min)
+    assert read_mask(mask) == (5, 2)
+
+
 def record(who, how, tokens, samples=1.0, mix="images"):
     return {"mix": mix, "who": who, "how": how, "tokens_per_cpu_s": tokens, "samples_per_cpu_s": samples}  # fmt: skip
 
