@@ -198,7 +198,7 @@ def _frames(
     for index in choose_frames(len(paths), options.num_frames):
         number = int(paths[index].name.split(".")[1])
         geometry = folder / "images" / f"scene_{camera}_geometry_hdf5"
-        color = read_hdf5(paths[index]).astype(np.float64)
+        color = np.nan_to_num(read_hdf5(paths[index]).astype(np.float64))
         distance = read_hdf5(geometry / f"frame.{number:04d}.depth_meters.hdf5").astype(np.float64)
         instances = read_hdf5(geometry / f"frame.{number:04d}.semantic_instance.hdf5").astype(int)
         height, width = distance.shape

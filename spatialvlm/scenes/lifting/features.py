@@ -5,6 +5,7 @@ another label list makes no call for what is known. Neural backends may keep the
 """
 
 import hashlib
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -100,7 +101,7 @@ class FeatureStore:
     def _write(self, key: str, features: Features) -> None:
         path = self._path(key)
         if path is not None:
-            temporary = path.with_suffix(".tmp.npz")
+            temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
             np.savez(temporary, allow_pickle=False, **features)
             temporary.replace(path)
         self._keep(key, features)
