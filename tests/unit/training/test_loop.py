@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from spatialvlm.errors import CheckpointError, DataError, NonFiniteError
+from spatialvlm.errors import CheckpointError, DataError, NonFiniteError, OutOfMemoryError
 from spatialvlm.models.device import HOST_READ, to_device
 from spatialvlm.training.checkpoint import CheckpointStore, Snapshot, checkpoints_in
 from spatialvlm.training.distributed import Processes, StepHeader, exchange
@@ -248,6 +248,20 @@ def test_a_full_disk_is_survived_twice_then_ends_the_run(tmp_path, monkeypatch, 
     assert broken.state.step == 6  # tried after 3, 4 and 6
     with pytest.raises(CheckpointError):
         Bench(tmp_path / "stop", FakeLoader(), on_error="stop").train()
+
+
+def test_out_of_memory_names_the_step_the_samples_and_what_to_lower(tmp_path, monkeypatch):
+    bench = Bench(tmp_path, FakeLoader())
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(type(bench.engine), "__call__", full)
+    with pytest.raises(
+        OutOfMemoryError,
+        match=r"step 0: pack of 8 tokens, samples \['fake#0'\].*Lower packing\.max_tokens",
+    ):
+        bench.train()
 
 
 def test_header_sums_and_pack_sizes():
