@@ -223,7 +223,7 @@ def join_referring(source: Source, args: argparse.Namespace) -> Iterator[Item]:
 
 
 def referring_sample(
-    row: Mapping[str, Any],
+    row: Any,
     scenes: Mapping[str, Any],
     uid: str,
     source: Source,
@@ -240,9 +240,11 @@ def referring_sample(
     )
     from spatialvlm.synthesis.rows import Reject
 
+    if not isinstance(row, Mapping):
+        raise DataError(f"{uid} is {type(row).__name__}, not an object.", reason="schema")
     scene_id = row.get("scene_id") or row.get("scan_id")
     statement = row.get("description") or row.get("utterance")
-    if not isinstance(scene_id, str) or not isinstance(statement, str):
+    if not isinstance(scene_id, str) or not isinstance(statement, str) or not statement.strip():
         raise DataError(f"{uid} has no scene id or no statement.", reason="schema")
     if str(row.get("correct_guess", "True")).lower() == "false":
         raise DataError(
@@ -298,7 +300,10 @@ def target_ids(row: Mapping[str, Any], uid: str) -> list[str]:
         if value is None:
             continue
         if isinstance(value, str) and value.startswith("["):
-            value = ast.literal_eval(value)
+            try:
+                value = ast.literal_eval(value)
+            except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+                raise DataError(f"{uid} has {key} {value!r:.80}.", reason="schema") from error
         return [str(v) for v in value] if isinstance(value, list) else [str(value)]
     raise DataError(f"{uid} names no target object.", reason="schema")
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import random
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -13,8 +14,9 @@ import pytest
 from spatialvlm.data.formats import SourceAttrs
 from spatialvlm.data.sources import Source
 from spatialvlm.errors import DataError
-from spatialvlm.scenes.io import save_scene
+from spatialvlm.scenes.io import iter_scenes, save_scene
 from spatialvlm.scenes.schema import Frame, Object, Scene
+from tests.unit.data.test_formats_fuzz import mutate
 
 JPEG, MP4 = b"\xff\xd8 picture", b"\x00\x00\x00\x18ftyp film"
 
@@ -221,3 +223,32 @@ def test_command_line_errors(tool, tmp_path, monkeypatch, capsys):
     )
     assert tool.main() == 2
     assert "no such file" in capsys.readouterr().err
+
+
+def test_mutated_referring_rows_are_joined_or_refused_with_their_place(tool, data_dir, tmp_path):
+    scene(tmp_path / "scenes")
+    args = arguments(tmp_path, "canonical", tmp_path, scenes=tmp_path / "scenes", frames=3)
+    scenes = {one.scene_id.rpartition("/")[2]: one for one in iter_scenes(args.scenes)}
+    rng, outcomes = random.Random(0), set()
+    for name in ("scanrefer.json", "multi3drefer.json", "nr3d.csv", "sr3d.csv"):
+        source = Source(SourceAttrs("s", "f"), files=[name], root=data_dir / "formats")
+        for raw in source.container(0).scan():
+            for junk in (
+                None,
+                3,
+                "text",
+                [],
+                {"description": "x", "object_ids": "[1, ", "scene_id": "scene9002_00"},
+            ):
+                with pytest.raises(DataError, match="s/rows#7"):
+                    tool.referring_sample(junk, scenes, "s/rows#7", source, args)
+            for _ in range(200):
+                try:
+                    row = mutate(raw.value, rng)
+                    found = tool.referring_sample(row, scenes, "s/rows#7", source, args)
+                except DataError as error:
+                    assert "s/rows#7" in str(error)  # noqa: PT017
+                    outcomes.add(error.reason)
+                else:
+                    outcomes.add(found.turns[1].role)
+    assert outcomes >= {"assistant", "schema", "missing", "correct_guess"}
