@@ -11,7 +11,8 @@ r"""Answer benchmarks with a checkpoint and score the answers.
 - ``evaluation.media=drop`` is the blind baseline, ``blank`` and ``shuffle`` are its stricter variants
 
 Run folder: ``<benchmark>/{predictions.jsonl, manifest.json, result.json, per_item.csv, report.html}``, and
-``summary.csv``, ``report.html``, ``run.json``, ``config.resolved.yaml``, ``environment.json`` beside them.
+``summary.csv``, ``report.html``, ``run.json``, ``config.resolved.yaml``, ``environment.json`` beside them; every page has
+its charts as PNG and CSV in ``report_plots/``.
 
 Exit codes: 0 everything scored, 2 configuration, 3 data, 130 interrupted, 1 any other failure. See docs/evaluation.md.
 """
@@ -113,14 +114,8 @@ class Asker:
 
     def ask(self, benchmark: Benchmark, folder: Path) -> None:
         """Answer one benchmark into its folder."""
-        from spatialvlm.evaluation.generate import (
-            Place,
-            answer,
-            check_manifest,
-            limited,
-            make_asks,
-            merge,
-        )
+        from spatialvlm.evaluation.asks import limited, make_asks
+        from spatialvlm.evaluation.generate import Place, answer, check_manifest, merge
         from spatialvlm.synthesis.marks import draw_marks
 
         section, processes = self.config.evaluation, self.processes

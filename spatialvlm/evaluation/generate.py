@@ -6,26 +6,25 @@ Every answered item is one line of ``predictions.rank<r>.jsonl``, flushed per ba
 that depends on speed or on the number of processes, so the merged file is the same however it was made.
 """
 
-import hashlib
 import json
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from spatialvlm.errors import BudgetError, ConfigError, DataError, EvaluationError, OutOfMemoryError
+from spatialvlm.evaluation.asks import Ask, batches, group_asks
 from spatialvlm.evaluation.predictions import (
     Key,
     read_manifest,
     read_predictions,
     write_predictions,
 )
-from spatialvlm.evaluation.prompts import Messages, build_messages, derangement
-from spatialvlm.evaluation.schema import Benchmark, Item
+from spatialvlm.evaluation.prompts import Messages
+from spatialvlm.evaluation.schema import Benchmark
 
 MAX_HALVINGS = 4
 
@@ -67,133 +66,6 @@ class Place:
 
     rank: int = 0
     world: int = 1
-
-
-# ------------------------------------------------------------------------------------------------- what to ask
-
-
-def limited(items: Sequence[Item], limit: int | None, seed: int = 0) -> list[Item]:
-    """At most ``limit`` items, an equal number per question type as far as they last, in file order."""
-    if limit is None or limit >= len(items):
-        return list(items)
-    by_type: dict[str, list[Item]] = defaultdict(list)
-    for item in items:
-        by_type[item.question_type].append(item)
-
-    def order(item: Item) -> str:
-        return hashlib.sha256(f"{seed}|{item.question_type}|{item.id}".encode()).hexdigest()
-
-    queues = [sorted(part, key=order) for _, part in sorted(by_type.items())]
-    chosen: set[Key] = set()
-    depth = 0
-    while len(chosen) < limit:
-        for queue in queues:
-            if depth < len(queue) and len(chosen) < limit:
-                chosen.add(queue[depth].key)
-        depth += 1
-    return [item for item in items if item.key in chosen]
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """One prompt."""
-
-    item: Item
-    messages: Messages
-    sha: str
-    """SHA-256 of the messages."""
-
-
-def _sha(value: Any) -> str:
-    return hashlib.sha256(
-        json.dumps(value, sort_keys=True, default=_bytes_name).encode()
-    ).hexdigest()
-
-
-def _bytes_name(value: Any) -> str:
-    data = value if isinstance(value, bytes) else repr(value).encode()
-    return hashlib.sha256(data).hexdigest()
-
-
-def media_key(messages: Messages) -> str:
-    """Identity of everything that precedes the question: media, marks and system text."""
-    parts = [part for m in messages for part in m["content"] if part["type"] != "text"]
-    system = [m["content"] for m in messages if m["role"] == "system"]
-    return _sha([parts, [m.get("marks") for m in messages], system])
-
-
-def make_asks(
-    benchmark: Benchmark,
-    items: Sequence[Item],
-    *,
-    protocol: str,
-    media: str = "real",
-    seed: int = 0,
-    allow_absolute: bool = False,
-) -> list[Ask]:
-    """Prompts of all items."""
-    donors = derangement(benchmark, seed) if media == "shuffle" else {}
-    asks = []
-    for item in items:
-        messages = build_messages(
-            item,
-            benchmark.spec,
-            protocol,
-            media,
-            root=benchmark.media_root,
-            donor=donors.get(item.key),
-            allow_absolute=allow_absolute,
-        )
-        asks.append(Ask(item, messages, _sha(messages)))
-    return asks
-
-
-def estimated_length(messages: Messages) -> int:
-    """Rough number of tokens: 256 per picture or frame (16 frames where unknown) and 4 characters per token."""
-    total = 0
-    for message in messages:
-        for part in message["content"]:
-            if part["type"] == "text":
-                total += len(part["text"]) // 4
-            elif part["type"] == "image":
-                total += 256
-            else:
-                total += 256 * (len(part.get("frames") or ()) or 16)
-    return total
-
-
-def group_asks(asks: Sequence[Ask]) -> list[list[Ask]]:
-    """Groups of prompts on the same media, longest first; ties keep file order."""
-    groups: dict[str, list[Ask]] = defaultdict(list)
-    for ask in asks:
-        has_media = any(p["type"] != "text" for m in ask.messages for p in m["content"])
-        groups[media_key(ask.messages) if has_media else f"text:{len(groups)}"].append(ask)
-    return sorted(groups.values(), key=lambda group: -estimated_length(group[0].messages))
-
-
-def batches(
-    groups: Sequence[Sequence[Ask]], size: int, *, shared_prefix: bool = True
-) -> Iterator[list[list[Ask]]]:
-    """Batches of at most ``size`` prompts; a larger group is cut, a batch holds groups of similar length.
-
-    Args:
-        groups: Sorted by length.
-        size: Prompts per batch.
-        shared_prefix: ``False`` makes every prompt its own group (the visual prefix is encoded per prompt).
-    """
-    batch: list[list[Ask]] = []
-    room = size
-    for group in groups:
-        step = size if shared_prefix else 1
-        for start in range(0, len(group), step):
-            piece = list(group[start : start + step])
-            if len(piece) > room:
-                yield batch
-                batch, room = [], size
-            batch.append(piece)
-            room -= len(piece)
-    if batch:
-        yield batch
 
 
 # ---------------------------------------------------------------------------------------------------- manifest

@@ -16,14 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from spatialvlm.errors import ConfigError
-from spatialvlm.evaluation.generate import (
-    Ask,
-    Completion,
-    GenConfig,
-    Generator,
-    batches,
-    group_asks,
-)
+from spatialvlm.evaluation.asks import Ask, batches, group_asks
+from spatialvlm.evaluation.generate import Completion, GenConfig, Generator
 from spatialvlm.evaluation.prompts import Messages
 from spatialvlm.evaluation.schema import Item
 

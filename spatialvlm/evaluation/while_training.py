@@ -17,7 +17,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from spatialvlm.errors import SpatialVLMError
-from spatialvlm.evaluation.generate import Generator, Place, answer, limited, make_asks, merge
+from spatialvlm.evaluation.asks import limited, make_asks
+from spatialvlm.evaluation.generate import Generator, Place, answer, merge
 from spatialvlm.evaluation.predictions import read_predictions
 from spatialvlm.evaluation.schema import Benchmark
 from spatialvlm.evaluation.scoring import score, write_result

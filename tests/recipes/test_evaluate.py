@@ -86,6 +86,7 @@ def test_files_and_batch_shapes(recipe, rows, tiny_checkpoint, tmp_path, capsys)
         "config.resolved.yaml",
         "environment.json",
         "report.html",
+        "report_plots",
         "run.json",
         "spatialvlm_rows",
         "summary.csv",
@@ -96,6 +97,7 @@ def test_files_and_batch_shapes(recipe, rows, tiny_checkpoint, tmp_path, capsys)
         "predictions.jsonl",
         "report.csv",
         "report.html",
+        "report_plots",
         "result.json",
     ]
     assert json.loads((out / "run.json").read_text())["state"] == "done"

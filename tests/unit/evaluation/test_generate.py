@@ -13,6 +13,7 @@ from spatialvlm.errors import (
     MediaError,
     OutOfMemoryError,
 )
+from spatialvlm.evaluation import asks as asking
 from spatialvlm.evaluation import generate as gen
 from spatialvlm.evaluation.predictions import read_predictions
 from spatialvlm.evaluation.registry import load_benchmark
@@ -79,7 +80,7 @@ def bench(tmp_path):
 
 
 def asks_of(bench, **options):
-    return gen.make_asks(bench, bench.items, protocol="official", **options)
+    return asking.make_asks(bench, bench.items, protocol="official", **options)
 
 
 def answer(bench, asks, fake, folder, **options):
@@ -88,7 +89,7 @@ def answer(bench, asks, fake, folder, **options):
 
 
 def test_groups_share_media_and_are_not_split_over_ranks(bench):
-    groups = gen.group_asks(asks_of(bench))
+    groups = asking.group_asks(asks_of(bench))
     assert [len(group) for group in groups] == [4] * 6
     for group in groups:
         assert len({ask.messages[0]["content"][0]["image"] for ask in group}) == 1
@@ -96,15 +97,15 @@ def test_groups_share_media_and_are_not_split_over_ranks(bench):
 
 @pytest.mark.parametrize("size", [1, 3, 8, 100])
 def test_batches_hold_every_prompt_once(bench, size):
-    groups = gen.group_asks(asks_of(bench))
-    found = list(gen.batches(groups, size))
+    groups = asking.group_asks(asks_of(bench))
+    found = list(asking.batches(groups, size))
     assert all(sum(map(len, batch)) <= size for batch in found)
     ids = [ask.item.id for batch in found for group in batch for ask in group]
     assert sorted(ids) == [item.id for item in bench.items]
 
 
 def test_without_sharing_every_prompt_is_its_own_group(bench):
-    found = list(gen.batches(gen.group_asks(asks_of(bench)), 8, shared_prefix=False))
+    found = list(asking.batches(asking.group_asks(asks_of(bench)), 8, shared_prefix=False))
     assert {len(group) for batch in found for group in batch} == {1}
 
 
@@ -183,11 +184,11 @@ def test_merge_refuses_missing_items(bench, tmp_path):
 
 
 def test_limit_is_stratified_nested_and_in_file_order(bench):
-    small, large = (gen.limited(bench.items, n) for n in (6, 12))
+    small, large = (asking.limited(bench.items, n) for n in (6, 12))
     assert {i.id for i in small} < {i.id for i in large}
     assert [sum(i.question_type == t for i in small) for t in ("left", "right", "count")] == [2] * 3
     assert [i.id for i in large] == sorted(i.id for i in large)
-    assert gen.limited(bench.items, None) == list(bench.items)
+    assert asking.limited(bench.items, None) == list(bench.items)
 
 
 def test_media_modes(bench):

@@ -3,7 +3,7 @@
 import pytest
 
 from spatialvlm.errors import ConfigError, DataError
-from spatialvlm.evaluation.generate import make_asks
+from spatialvlm.evaluation.asks import make_asks
 from spatialvlm.evaluation.prompts import build_messages, frame_indices, interleave, prompt_text
 from spatialvlm.evaluation.registry import BENCHMARKS, find_spec
 
