@@ -36,6 +36,8 @@ from spatialvlm.scenes.lifting.store import write_lifted
 from spatialvlm.scenes.lifting.world import FloorGravity
 
 PICTURES = (".jpg", ".jpeg", ".png")
+MAX_FRAMES = 600
+"""Frames held in memory at once; keyframes are chosen among them."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -93,7 +95,12 @@ def read_frames(arguments: argparse.Namespace) -> tuple[np.ndarray, list[float]]
 
 
 def decode_video(path: Path, fps: float) -> tuple[np.ndarray, list[float]]:
-    """Frames of a video at about ``fps`` and their times."""
+    """Frames of a video at about ``fps`` and their times.
+
+    Raises:
+        ImporterError: Not a video.
+        ConfigError: More frames than fit into memory.
+    """
     import av
 
     images: list[np.ndarray] = []
@@ -105,6 +112,10 @@ def decode_video(path: Path, fps: float) -> tuple[np.ndarray, list[float]]:
                 if not times or time >= len(times) / fps - 1e-6:
                     images.append(frame.to_ndarray(format="rgb24"))
                     times.append(time)
+                if len(images) > MAX_FRAMES:
+                    raise ConfigError(
+                        f"{path}: more than {MAX_FRAMES} frames at --fps {fps:g}. Lower --fps or cut the video."
+                    )
     except av.FFmpegError as error:
         raise ImporterError(f"{path}: cannot be decoded: {error}.") from error
     if not images:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from spatialvlm.errors import ConfigError
 from spatialvlm.scenes.io import load_instances, load_rgb, load_scene
 from spatialvlm.scenes.lifting import hf_backends
 from spatialvlm.scenes.lifting.protocols import choose_keyframes
@@ -115,7 +116,7 @@ def test_errors_are_one_line(command, clip, tmp_path, capsys):
     assert "BackendUnavailableError: AutoModelForDepthEstimation from 'd'" in gone
 
 
-def test_videos_are_sampled_by_time(command, tmp_path):
+def test_videos_are_sampled_by_time(command, tmp_path, monkeypatch):
     with av.open(str(tmp_path / "clip.mp4"), "w") as video:
         stream = video.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -126,6 +127,9 @@ def test_videos_are_sampled_by_time(command, tmp_path):
     images, times = command.decode_video(tmp_path / "clip.mp4", 2.0)
     assert times == pytest.approx([0.0, 0.5, 1.0, 1.5, 2.0, 2.5])
     assert images[3].mean() == pytest.approx(8 * 15, abs=6)
+    monkeypatch.setattr(command, "MAX_FRAMES", 4)
+    with pytest.raises(ConfigError, match="more than 4 frames at --fps 2"):
+        command.decode_video(tmp_path / "clip.mp4", 2.0)
 
 
 def test_real_video_and_real_walk(command, real_dir):
