@@ -137,7 +137,7 @@ def _bar_html(bar: Bar, limit: float) -> str:
         else f"background:{bar.color}"
     )
     return (
-        f'<div class="bar"><span class="name">{html.escape(bar.label)}</span>'
+        f'<div class="bar"><span class="name" title="{html.escape(bar.label)}">{html.escape(bar.label)}</span>'
         f'<span class="track"><b style="width:{100 * length:.2f}%;{paint}"></b>{whisker}</span>'
         f'<span class="val">{html.escape(_bar_value(bar))}</span></div>'
     )

@@ -196,8 +196,11 @@ def overall_bars(
     else:
         for b in sorted(baselines, key=lambda b: -b.value):
             hollow = not (b.protocol and b.frames)
-            bars.append(Bar(b.model, b.value, None, GREY, hollow, " *" if hollow else ""))
-            notes.append(f"{b.model}: {b.source}{'; ' + b.note if b.note else ''}")
+            # Two papers may report one model differently.
+            repeated = sum(other.model == b.model for other in baselines) > 1
+            label = f"{b.model} ({b.source.split()[0]})" if repeated else b.model
+            bars.append(Bar(label, b.value, None, GREY, hollow, " *" if hollow else ""))
+            notes.append(f"{label}: {b.source}{'; ' + b.note if b.note else ''}")
         if any(not (b.protocol and b.frames) for b in baselines):
             notes.insert(0, "* hollow: protocol or number of frames not stated by the source")
     listed = "".join(f'<p class="note">{esc(note)}</p>' for note in notes)

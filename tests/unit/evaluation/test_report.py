@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from spatialvlm.evaluation.predictions import Prediction, write_predictions
 from spatialvlm.evaluation.registry import load_benchmark
 from spatialvlm.evaluation.report import pick_samples, read_baselines, text_table, write_report
 from spatialvlm.evaluation.report_samples import state_of
+from spatialvlm.evaluation.report_tables import overall_bars
 from spatialvlm.evaluation.runs import paired_macro, read_metrics, read_runs
 from spatialvlm.evaluation.scoring import score, write_result
 from tests.unit.evaluation.test_golden import scored
@@ -224,6 +226,25 @@ def test_samples_are_seeded_and_failures_first(runs):
     means = [np.mean([i.score for i in items if i.question_type == task]) for task in chosen]
     assert means == sorted(means)  # the hardest task first
     assert sum(map(len, pick_samples(items, 1000).values())) == len(items)
+
+
+def test_one_model_in_two_papers_is_told_apart():
+    run = SimpleNamespace(
+        label="ours",
+        color="#000000",
+        result={
+            "headline": {"value": 50.0, "se": 1.0, "name": "macro of 8"},
+            "benchmark": "vsi_bench",
+        },
+    )
+    known = [row for row in read_baselines() if row.benchmark == "vsi_bench"]
+    gallery = charts.Gallery()
+    page = overall_bars([run], known, gallery, partial=False)
+    labels = [row[0] for row in gallery.plots[0][1].rows]
+    assert len(labels) == len(set(labels)) == len(known) + 1
+    assert {"Qwen3-VL-8B (SSR)", "Qwen3-VL-8B (OpenSpatial)", "SSR-3D"} <= set(labels)
+    assert "Qwen3-VL-8B (SSR): SSR" in page
+    assert "not shown beside a partial" in overall_bars([run], known, gallery, partial=True)
 
 
 def test_baselines_name_their_source():
