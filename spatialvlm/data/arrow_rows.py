@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class ArrowRows(Container):
 
         self.path = path
         self._open: OrderedDict[int, tuple[Any, Any]] = OrderedDict()
+        self._checked: set[int] = set()
         self._groups_open = groups_open
         self._decodes = False
         self.rows_read = self.rows_decoded = 0
@@ -51,7 +53,7 @@ class ArrowRows(Container):
                     batches = pa.ipc.open_stream(source).read_all().to_batches()
                     sizes = [batch.num_rows for batch in batches]
                     self._load = batches.__getitem__
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not a readable Arrow or parquet file: {error}") from error
         self._starts = [0]
         for size in sizes:
@@ -125,12 +127,29 @@ class ArrowRows(Container):
         if group in self._open:
             self._open.move_to_end(group)
             return self._open[group]
-        batch = self._load(group)
+        with _damage_explained(self.path):
+            batch = self._load(group)
+            if group not in self._checked and not self._decodes:
+                batch.validate(full=True)  # reading a damaged batch would end the process
+                self._checked.add(group)
         self.rows_decoded += batch.num_rows if self._decodes else 0
         self._open[group] = batch, _without_bytes(batch)
         if len(self._open) > self._groups_open:
             self._open.popitem(last=False)
         return self._open[group]
+
+
+@contextmanager
+def _damage_explained(path: Path) -> Iterator[None]:
+    """What pyarrow says about damaged data, with the name of the file."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} is damaged: {str(error).strip()}. Fetch or write it again."
+        ) from error
 
 
 def _one_batch(table: Any) -> Any:
@@ -176,14 +195,14 @@ def parquet_to_arrow(source: Path, target: Path) -> None:
 
     Raises:
         ConfigError: The file is damaged, or no parquet file.
-        DataError: The disk is too small.
+        DataError: A page is damaged, or the disk is too small.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(source, memory_map=True)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source} is not a readable parquet file: {error}") from error
     groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
     need = sum(group.total_byte_size for group in groups)
@@ -201,9 +220,15 @@ def parquet_to_arrow(source: Path, target: Path) -> None:
             pa.OSFile(str(unfinished), "wb") as sink,
             pa.ipc.new_file(sink, file.schema_arrow) as out,
         ):
-            for batch in file.iter_batches(batch_size=256):
+            for batch in _batches(file, source):
                 out.write_batch(batch)
         unfinished.replace(target)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise DataError(f"cannot write {target}: {error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _batches(file: Any, path: Path) -> Iterator[Any]:
+    with _damage_explained(path):
+        yield from file.iter_batches(batch_size=256)

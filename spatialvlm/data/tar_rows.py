@@ -107,6 +107,13 @@ def _tar_members(path: Path) -> tuple[list[str], npt.NDArray[np.int64]]:
                     names.append(member.name)
                     spans.append((member.offset_data, member.size))
                 tar.members.clear()  # type: ignore[attr-defined]  # it remembers every header
+            end = tar.offset  # type: ignore[attr-defined]
+        with path.open("rb") as file:
+            file.seek(end)
+            if file.read(512).strip(b"\0"):  # tarfile takes a broken header for the end
+                raise ConfigError(
+                    f"{path} is damaged at byte {end}, so the members behind cannot be found. Fetch or write it again."
+                )
     except tarfile.TarError as error:
         raise ConfigError(
             f"{path} is not an uncompressed tar file ({error}); unpack compressed shards first."

@@ -1,9 +1,14 @@
 """Readers on random and on mutated rows: a sample or a documented reason, never a crash."""
 
+import contextlib
 import copy
+import io
 import json
 import random
+import tarfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,7 +19,7 @@ from spatialvlm.data.formats.base import media_path
 from spatialvlm.data.index import media_and_prefix_key
 from spatialvlm.data.media.paths import resolve
 from spatialvlm.data.sources import Source
-from spatialvlm.errors import DataError, MediaError
+from spatialvlm.errors import ConfigError, DataError, MediaError
 from tests.unit.data.test_formats import CASES, generated, talk
 
 ATTRS = SourceAttrs(
@@ -240,6 +245,69 @@ def test_mutated_files_are_read_to_the_end_or_refused(data_dir, tmp_path):
                     assert path.name in str(samples)
                 else:
                     assert source.read(0, raw.row, raw.offset, raw.length) == samples
+
+
+def write_shards(folder):
+    """The same rows with embedded pictures as parquet, Arrow and tar; returns their number."""
+    picture = b"\xff\xd8 picture"
+    rows = [
+        talk(("u", f"<image>{n}?"), ("a", "!"), images=[{"bytes": picture, "path": "a.jpg"}], meta_info="[]")
+        for n in range(20)
+    ]  # fmt: skip
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, folder / "good.parquet", row_group_size=5)
+    with (
+        pa.OSFile(str(folder / "good.arrow"), "wb") as file,
+        pa.ipc.new_file(file, table.schema) as out,
+    ):
+        out.write_table(table, max_chunksize=7)
+    with tarfile.open(folder / "good.tar", "w") as tar:
+        for n, row in enumerate(rows):
+            text = json.dumps({"conversations": row["conversations"]}).encode()
+            for name, data in ((f"{n}.json", text), (f"{n}.jpg", picture)):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return len(rows)
+
+
+@pytest.mark.parametrize(
+    ("kind", "access"),
+    [("parquet", "row_group"), ("parquet", "arrow"), ("arrow", "arrow"), ("tar", "arrow")],
+)
+def test_mutated_shards_are_read_whole_or_refused(kind, access, tmp_path):
+    rng, outcomes = random.Random(2), set()
+    expected = write_shards(tmp_path)
+    good = (tmp_path / f"good.{kind}").read_bytes()
+    for case in range(60):
+        data = bytearray(good)
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(len(data))
+            if rng.random() < 0.7:
+                data[at] = rng.randrange(256)
+            elif rng.random() < 0.5:
+                del data[at : at + rng.randint(1, 30)]
+            else:
+                data = data[: max(1, at)]
+        path = tmp_path / f"{access}{case}.{kind}"
+        path.write_bytes(data)
+        source = Source(
+            ATTRS, files=[path.name], root=tmp_path, access=access, cache_dir=tmp_path / "cache",
+            format="sharegpt" if kind == "tar" else "embedded",
+        )  # fmt: skip
+        try:
+            found = list(source.scan(0))
+            assert len(found) == expected
+            for _, samples in found:
+                if not isinstance(samples, DataError):
+                    for ref in samples[0].media:
+                        with contextlib.suppress(MediaError):
+                            source.media_bytes(ref)
+            outcomes.add("read")
+        except (DataError, ConfigError) as error:
+            assert path.stem in str(error)  # noqa: PT017
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
 
 
 def test_no_path_escapes_its_root(tmp_path):
