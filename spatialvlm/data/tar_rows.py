@@ -107,7 +107,7 @@ def _tar_members(path: Path) -> tuple[list[str], npt.NDArray[np.int64]]:
                     names.append(member.name)
                     spans.append((member.offset_data, member.size))
                 tar.members.clear()  # type: ignore[attr-defined]  # it remembers every header
-            end = tar.offset  # type: ignore[attr-defined]
+            end = tar.offset
         with path.open("rb") as file:
             file.seek(end)
             if file.read(512).strip(b"\0"):  # tarfile takes a broken header for the end
