@@ -59,6 +59,8 @@ def require(
     Raises:
         Reject: Below the threshold, or so close that rounding could decide.
     """
+    if value - threshold >= KNIFE_EDGE_DEG:  # the wider of the two edges
+        return Margin(kind, value, threshold)
     edge = KNIFE_EDGE_DEG if kind.endswith("_deg") else KNIFE_EDGE
     if abs(value - threshold) < edge:
         raise Reject(Reason.KNIFE_EDGE, f"{kind} {value:.6f} at {threshold}")
@@ -69,6 +71,8 @@ def require(
 
 def require_range(value: float, low: float, high: float, what: str) -> None:
     """Reject values outside ``[low, high]``."""
+    if low + KNIFE_EDGE <= value <= high - KNIFE_EDGE:
+        return
     if min(abs(value - low), abs(value - high)) < KNIFE_EDGE:
         raise Reject(Reason.KNIFE_EDGE, f"{what} {value:.6f}")
     if not low <= value <= high:

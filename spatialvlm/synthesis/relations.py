@@ -173,6 +173,14 @@ DIRECTIONS: dict[str, tuple[tuple[str, float, float], ...]] = {
 """Variant -> (word, from, to) in degrees counter-clockwise from the facing direction."""
 
 
+SECTORS = {
+    (variant, word): (low, high)
+    for variant, sectors in DIRECTIONS.items()
+    for word, low, high in sectors
+}
+"""(variant, word) -> (from, to)."""
+
+
 def direction_word(angle: float, variant: str) -> tuple[str, Margin]:
     """Word for a bearing, at least 10 degrees inside its sector on either side.
 

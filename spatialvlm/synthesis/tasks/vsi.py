@@ -15,11 +15,10 @@ from numpy.random import Generator
 from spatialvlm.scenes.transforms import wrap_deg
 from spatialvlm.synthesis.context import SceneContext, require, require_range, tightest
 from spatialvlm.synthesis.cot import direction_steps, distance_steps
-from spatialvlm.synthesis.relations import DIRECTIONS, direction_word
+from spatialvlm.synthesis.relations import DIRECTIONS, SECTORS, direction_word
 from spatialvlm.synthesis.rows import QA, Args, Derived, Margin, Reason, Reject, Turn
 from spatialvlm.synthesis.tasks.base import Task, require_count, shuffled, tuples
 from spatialvlm.synthesis.tasks.camera import order_turn
-from spatialvlm.synthesis.tasks.multiview import corner_angles
 from spatialvlm.synthesis.writer import Writer
 
 APPEARANCE_GAP_S = 1.0
@@ -426,15 +425,15 @@ def relative_direction(ctx: SceneContext, a: int, b: int, c: int, variant: str) 
     Raises:
         Reject: ``out_of_range`` (a pair nearer than 0.3 m or farther than 5 m) or ``sector``.
     """
-    for one, two in ((a, b), (a, c), (b, c)):
-        require_range(ctx.distances[one][two], 0.3, 5.0, "distance")
+    from_a = ctx.distances[a]
+    for distance in (from_a[b], from_a[c], ctx.distances[b][c]):
+        require_range(distance, 0.3, 5.0, "distance")
     heading = ctx.bearing(a, b)
     angle = wrap_deg(ctx.bearing(a, c) - heading)
     word, margin = direction_word(angle, variant)
-    low, high = next((lo, hi) for name, lo, hi in DIRECTIONS[variant] if name == word)
+    low, high = SECTORS[variant, word]
     outside = sum(
-        not (low <= corner <= high or low <= corner + 360.0 <= high)
-        for corner in corner_angles(ctx, a, c, heading)
+        [(bearing - heading - low) % 360.0 > high - low for bearing in ctx.corner_bearings[a][c]]
     )
     if outside > 2:
         raise Reject(Reason.SECTOR, f"{outside} corners of object {c} lie in another sector")
