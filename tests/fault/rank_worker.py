@@ -1,4 +1,4 @@
-"""A hung rank, a signal to one rank, and a rank that dies, on two forked processes; writes ``ranks.json``.
+"""A hung rank, a broken sample and a signal on one rank of two forked processes; writes ``ranks.json``.
 
 python tests/fault/rank_worker.py OUT
 """
@@ -48,6 +48,16 @@ def main() -> int:
     codes, seconds = hung.run(out / "runs" / "hung", fault="loop.data@3:1:stop")
     dump = out / "runs" / "hung" / "hang-rank0.txt"
     found["hung"] = [codes, seconds, dump.read_text() if dump.is_file() else ""]
+
+    broken = harness.write_inputs(out / "broken")
+    text = broken.read_text().replace("{name: squares,", "{name: squares, max_bad_fraction: 0.0,")
+    broken.write_text(text)
+    for number in range(0, 16, 4):
+        image = out / "broken" / "rows" / f"{number:03d}.png"
+        image.write_bytes(image.read_bytes()[:150])
+    strict = harness.Bench(out / "runs", broken, "zero2", 2)
+    codes, _ = strict.run(out / "runs" / "strict")
+    found["broken"] = [codes, (out / "runs" / "strict.log").read_text()[-2000:]]
 
     from spatialvlm.testing.ranks import fork_ranks, launcher_environment
 

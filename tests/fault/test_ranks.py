@@ -34,6 +34,13 @@ def test_a_stopped_rank_ends_the_run_and_is_named(found):
 
 
 @pytest.mark.fault
+def test_a_broken_sample_on_one_rank_ends_both_with_its_name(found):
+    codes, log = found["broken"]
+    assert codes == [3, 3]
+    assert "tolerates no broken sample" in log
+
+
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("name", "reason"), [("term", "asked to stop on another rank"), ("usr1", "SIGUSR1")]
 )
