@@ -20,14 +20,17 @@ def test_training_rows_are_expanded_and_held_out_ones_are_not(
         used.append((names, options.get("expand_format")))
         return plain(config, **options)
 
-    monkeypatch.setattr(build, "build_data", spy)
-    held_out = f"[{{name: later, family: spatial, files: [spatial.jsonl], root: {rows}}}]"
+    monkeypatch.setattr("spatialvlm.training.build.build_data", spy)
+    later = f"[{{name: later, family: spatial, files: [spatial.jsonl], root: {rows}}}]"
     changes = [
         f"run.dir={tmp_path / 'run'}",
         "data.length.steps=1",
-        f"evaluation.sources={held_out}",
+        f"evaluation.sources={later}",
         "evaluation.every_steps=1",
         "evaluation.max_samples=8",
     ]
     assert run(stage, recipe(stage, family), *changes) == 0
-    assert used == [(["squares", "chat"], FormatExpander(dialect)), (["later"], None)]
+    training, *held_out = used
+    assert training == (["squares", "chat"], FormatExpander(dialect))
+    assert held_out
+    assert all(one == (["later"], None) for one in held_out)
