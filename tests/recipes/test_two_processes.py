@@ -51,6 +51,7 @@ def test_stage_2_equals_one_process(recipe, tmp_path, environment, strategy):
         json.loads((GOLDEN / "stage2_qwen3vl.json").read_text()), rel=1e-5
     )
     assert json.loads((out / "run.json").read_text())["state"] == "finished"
+    assert sorted(p.name for p in (out / "logs").iterdir()) == ["rank-00000.log", "rank-00001.log"]
     assert (
         json.loads((out / "checkpoints" / "step-00000006" / "manifest.json").read_text())[
             "strategy"
