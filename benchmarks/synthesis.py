@@ -2,7 +2,7 @@
 
     python benchmarks/synthesis.py --out benchmarks/results/synthesis.json
 
-Renders eight furnished rooms first unless ``--scenes`` names a folder. CPU seconds count, because wall time
+Renders sixteen furnished rooms first unless ``--scenes`` names a folder. CPU seconds count, because wall time
 depends on what else runs on the machine. The scene context (boxes, distances, views) is built once per scene
 and counted in ``context_s``; the rate of a task counts every question it emits (each turn of a dialogue is one)
 over the CPU time of all its candidates, rejected ones included. Also measured: the full mix, writing parquet, verification, memory per worker, one against
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--scenes", type=Path, help="folder of scenes; rendered when left out")
-    parser.add_argument("--rooms", type=int, default=8, help="rooms to render")
+    parser.add_argument("--rooms", type=int, default=16, help="rooms to render")
     parser.add_argument("--per-task", type=int, default=100, help="rows per scene and task")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     arguments = parser.parse_args(argv)
