@@ -155,7 +155,17 @@ def last_line(text: str) -> str:
 def measure_efficiency(folder: Path) -> dict[str, Any]:
     """FLOPs of forward and backward against matrix products in the same process."""
     out = folder / "efficiency.jsonl"
-    arguments = ("images", str(out), "--efficiency", "--steps", "3", "--warmup", "1")
+    arguments = (
+        "images",
+        str(out),
+        "--efficiency",
+        "--batch",
+        "4",
+        "--steps",
+        "3",
+        "--warmup",
+        "1",
+    )
     done = execute(sys.executable, str(PEERS / "run_ours.py"), str(folder), *arguments)
     return json.loads(out.read_text()) if out.exists() else {"error": last_line(done.stderr)}
 

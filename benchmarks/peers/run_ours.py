@@ -98,6 +98,7 @@ def efficiency(args: argparse.Namespace) -> None:
     from spatialvlm.training.metrics import pack_size
 
     torch.set_num_threads(1)
+    args.steps += args.warmup
     work = Path(tempfile.mkdtemp())
     base = write_model(
         work / "model", text_width=768, text_layers=8, vision_width=512, vision_layers=8
@@ -112,7 +113,7 @@ def efficiency(args: argparse.Namespace) -> None:
     cost = build_cost(config, model)
     steps = iter(build_data(config, base, layout, cost.balance, World()))
     rates, gemm = [], [gemm_rate(1024)]
-    for number in range(args.warmup + args.steps):
+    for number in range(args.steps):
         packs = next(steps).batches
         model.zero_grad(set_to_none=True)
         start = cpu_seconds()
