@@ -45,6 +45,7 @@ from spatialvlm.training.optim import (
     freeze_by_rate,
     make_schedule,
     plan_groups,
+    verify_groups,
 )
 from spatialvlm.training.plan import check_memory, write_plan
 from spatialvlm.training.progress import Progress
@@ -227,7 +228,7 @@ def build_engine(
             max_grad_norm=config.optim.max_grad_norm,
             reduce_dtype=config.parallel.reduce_dtype,
         )
-    return make_engine(
+    engine = make_engine(
         strategy,
         model,
         groups,
@@ -237,6 +238,8 @@ def build_engine(
         bf16=bf16,
         deepspeed=settings,
     )
+    verify_groups(engine.optimizer, groups, 1.0)
+    return engine
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from spatialvlm.training.engines import Engine
 from spatialvlm.training.entry import Arguments, owner
 from spatialvlm.training.estimate import MemoryRow
 from spatialvlm.training.guard import Guard
-from spatialvlm.training.optim import Group, Parts, group_table
+from spatialvlm.training.optim import Group, Parts, group_table, verify_groups
 from spatialvlm.training.progress import duration
 from spatialvlm.training.rank_log import start_rank_log
 from spatialvlm.training.report import write_report
@@ -103,6 +103,7 @@ class OpenRun:
         state = TrainState()
         if self.checkpoint is not None:
             saved = load_checkpoint(self.checkpoint, engine, self.processes)
+            verify_groups(engine.optimizer, engine.groups, 1.0)
             state = TrainState.from_json(saved["counters"])
             guard.load_state_dict(saved["guard"])
             self.say(
