@@ -342,6 +342,7 @@ class TestVideo:
         header = read_video_header(data, name="cell")
         assert np.array_equal(decode_video(data, header, [4]), decode_video(clip, header, [4]))
 
+    @pytest.mark.slow  # runs where torchcodec and the libraries of FFmpeg are installed
     def test_torchcodec_gives_the_same_frames(self, clip, tmp_path):
         try:
             load_torchcodec()
