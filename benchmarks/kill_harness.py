@@ -97,6 +97,8 @@ class Bench:
         self.folder, self.config, self.strategy, self.size = folder, config, strategy, size
         folder.mkdir(parents=True, exist_ok=True)
         self.straight = folder / "straight"
+        self.start_s = 0.0
+        """Seconds from a launch to its first log line, of the newest run."""
 
     def run(
         self,
@@ -104,9 +106,10 @@ class Bench:
         *,
         fault: str | None = None,
         kill_after_s: float | None = None,
+        after_first_line: bool = False,
         rank: int = 0,
     ):
-        """One launch; returns exit codes and seconds."""
+        """One launch; returns exit codes and seconds. ``after_first_line`` counts from the first log line."""
         from spatialvlm.testing.ranks import fork_ranks, launcher_environment
 
         env = launcher_environment(self.strategy, self.size, ROOT / "configs" / "deepspeed")
@@ -116,13 +119,20 @@ class Bench:
         if self.strategy == "fsdp2":
             argv.append("parallel.strategy=fsdp2")
         started = time.monotonic()
-        killed = [False]
+        killed, log = [False], run_dir / "metrics.jsonl"
+        self.start_s = 0.0
 
         def during(pids: list[int]) -> None:
+            now = time.monotonic() - started
+            if not self.start_s and log.is_file() and log.stat().st_size:
+                self.start_s = now
+            origin = self.start_s if after_first_line else 0.0
+            running = bool(self.start_s) or not after_first_line
             if (
                 kill_after_s is not None
                 and not killed[0]
-                and time.monotonic() - started > kill_after_s
+                and running
+                and now - origin > kill_after_s
             ):
                 os.kill(pids[rank], signal.SIGKILL)
                 killed[0] = True
@@ -190,12 +200,19 @@ class Bench:
         }  # fmt: skip
 
 
-def kill_of(number: int, rng: np.random.Generator, size: int, seconds: float) -> tuple[str, dict]:
-    """Name and arguments of the kill of a case: odd numbers any moment, even ones a point of a save."""
+def kill_of(
+    number: int, rng: np.random.Generator, size: int, start_s: float, train_s: float
+) -> tuple[str, dict]:
+    """Name and arguments of the kill of a case: odd numbers any moment, even ones a point of a save.
+
+    Random moments lie in the start of a run once in five cases, between its first and last step otherwise.
+    """
     if number % 2:
-        after = float(rng.uniform(0.1, 0.9)) * seconds
-        return f"{number:03d}-random-{after:.2f}s", {
+        starting = number % 10 == 9
+        after = float(rng.uniform(0.0, 0.9)) * (start_s if starting else train_s)
+        return f"{number:03d}-random-{'start' if starting else 'steps'}-{after:.2f}s", {
             "kill_after_s": after,
+            "after_first_line": not starting,
             "rank": int(rng.integers(size)),
         }
     point = POINTS[number // 2 % len(POINTS)]
@@ -231,7 +248,7 @@ def main() -> int:
     torch.set_num_threads(1)
     config = write_inputs(out)
     rng = np.random.default_rng(arguments.seed)
-    benches: dict[tuple[str, int], tuple[Bench, float]] = {}
+    benches: dict[tuple[str, int], tuple[Bench, float, float]] = {}
     results = []
     for number in range(arguments.kills):
         key = STRATEGIES[number % len(STRATEGIES)]
@@ -240,9 +257,9 @@ def main() -> int:
             shutil.rmtree(bench.straight, ignore_errors=True)
             codes, seconds = bench.run(bench.straight)
             assert codes == [0] * key[1], (bench.folder / "straight.log").read_text()[-2000:]
-            benches[key] = (bench, seconds)
-        bench, seconds = benches[key]
-        name, kill = kill_of(number, rng, key[1], seconds)
+            benches[key] = (bench, bench.start_s, seconds - bench.start_s)
+        bench, start_s, train_s = benches[key]
+        name, kill = kill_of(number, rng, key[1], start_s, train_s)
         results.append(bench.case(name, **kill))
         verdict = "; ".join(results[-1]["problems"]) or "ok"
         print(f"{key[0]}-{key[1]} {name}: exits {results[-1]['first_exit']}, {verdict}", flush=True)
