@@ -61,15 +61,19 @@ def test_stage_2_equals_one_process(recipe, tmp_path, environment, strategy):
 
 
 @pytest.mark.smoke
-def test_one_run_moves_from_zero2_to_zero3_to_fsdp2_to_one_process(
+def test_one_run_moves_from_one_process_to_zero2_to_zero3_to_fsdp2_and_back(
     run, recipe, tmp_path, environment
 ):
-    """World 2 -> 2 -> 2 -> 1: same samples per step, same losses, same groups."""
+    """World 1 -> 2 -> 2 -> 2 -> 1: same samples per step, same losses, same groups."""
     config, out = recipe(1, "qwen3vl"), f"run.dir={tmp_path / 'run'}"
-    for file, *more in (("cpu2_zero2",), ("cpu2_zero3",), ("cpu2_ddp", "parallel.strategy=fsdp2")):
-        done = launch(
-            file, 1, config, out, f"run.stop_after_steps={1 if more else 2}", *more, env=environment
-        )
+    assert run(1, config, out, "run.stop_after_steps=1") == 0
+    for file, steps, *more in (
+        ("cpu2_zero2", 1),
+        ("cpu2_zero3", 2),
+        ("cpu2_ddp", 1, "parallel.strategy=fsdp2"),
+    ):
+        stop = f"run.stop_after_steps={steps}"
+        done = launch(file, 1, config, out, stop, *more, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "preempted"
     assert run(1, config, out) == 0
