@@ -35,6 +35,11 @@ def main() -> int:
     parser.add_argument("--adapters", type=Path, help="LoRA or DoRA adapters to merge")
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload to the hub")
     parser.add_argument("--public", action="store_true", help="make a new hub repository public")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="for a checkpoint of a run that was started with it",
+    )
     args = parser.parse_args()
     try:
         if (args.source / "train_state.json").is_file():
@@ -44,8 +49,12 @@ def main() -> int:
                 )
             from spatialvlm.training.export_checkpoint import export_checkpoint
 
-            folder = export_checkpoint(args.source, args.target)
+            folder = export_checkpoint(
+                args.source, args.target, trust_remote_code=args.trust_remote_code
+            )
         else:
+            if args.trust_remote_code:
+                parser.error("--trust-remote-code is for checkpoints")
             folder = export(
                 args.source,
                 args.target,

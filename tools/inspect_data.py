@@ -1,7 +1,7 @@
 """See what a recipe really feeds the model, as one static page.
 
     python tools/inspect_data.py configs/tiny/stage1_qwen3vl.yaml --out data.html
-    python tools/inspect_data.py configs/stage2/qwen2_5vl_7b_interleaved.yaml --source vsi --num 5 --out data.html
+    python tools/inspect_data.py configs/stage2/qwen2_5vl_7b_interleaved.yaml --source vsi590k --num 5 --out data.html
 
 Per source: counts, rejects with reasons, histograms. Per sample: media at model resolution with marks and frame times,
 every token coloured by label and kind with its position as tooltip, the shareable prefix, and the text that is trained

@@ -37,7 +37,7 @@ def require_lmms() -> Any:
         import lmms_eval
     except ImportError as error:
         raise ConfigError(
-            f'lmms-eval cannot be imported ({error}): pip install "spatialvlm[lmms]"'
+            f'lmms-eval cannot be imported ({error}): pip install -e ".[lmms]"'
         ) from None
     return lmms_eval
 

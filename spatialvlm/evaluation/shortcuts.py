@@ -264,7 +264,7 @@ def diagnose_forest(
         from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
     except ImportError:
         raise ConfigError(
-            'the random forest needs scikit-learn: pip install "spatialvlm[audit]"'
+            'the random forest needs scikit-learn: pip install -e ".[audit]"'
         ) from None
 
     found: list[Diagnosis | None] = [None] * len(items)

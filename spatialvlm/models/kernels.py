@@ -25,7 +25,7 @@ def use_liger(language_model: nn.Module) -> int:
     """
     if find_spec("liger_kernel") is None:
         raise ConfigError(
-            "model.liger=true needs liger-kernel: pip install 'spatialvlm[gpu]', or set model.liger=false"
+            "model.liger=true needs liger-kernel: pip install -e '.[gpu]', or set model.liger=false"
         )
     changed = 0
     for module in language_model.modules():

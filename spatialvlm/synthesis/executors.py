@@ -111,7 +111,7 @@ def _run_ray(
         import ray
     except ImportError as error:
         raise BackendUnavailableError(
-            "executor 'ray' needs the ray package: pip install spatialvlm[ray]"
+            "executor 'ray' needs the ray package: pip install -e '.[ray]'"
         ) from error
     started = not ray.is_initialized()
     if started:

@@ -91,7 +91,7 @@ def read_hdf5(path: Path) -> Array:
         import h5py
     except ImportError as error:
         raise BackendUnavailableError(
-            "Hypersim needs h5py: pip install 'spatialvlm[scenes]'"
+            "Hypersim needs h5py: pip install -e '.[scenes]'"
         ) from error
     try:
         with h5py.File(path, "r") as file:

@@ -223,7 +223,7 @@ def _decode_block(block: bytes, shape: tuple[int, int], where: str) -> npt.NDArr
         import lz4.block
     except ImportError as error:
         raise BackendUnavailableError(
-            f"{where}: lz4-compressed depth needs lz4: pip install 'spatialvlm[scenes]'"
+            f"{where}: lz4-compressed depth needs lz4: pip install -e '.[scenes]'"
         ) from error
     try:
         raw = lz4.block.decompress(block, uncompressed_size=2 * height * width)

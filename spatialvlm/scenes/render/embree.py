@@ -37,7 +37,7 @@ class EmbreeCaster:
             from embreex.rtcore_scene import EmbreeScene
         except ImportError as error:
             raise BackendUnavailableError(
-                "Embree needs embreex: pip install 'spatialvlm[scenes]'"
+                "Embree needs embreex: pip install -e '.[scenes]'"
             ) from error
         self._scene = EmbreeScene()
         self._mesh = TriangleMesh(self._scene, np.ascontiguousarray(triangles, dtype=np.float32))

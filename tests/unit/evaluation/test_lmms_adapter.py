@@ -104,7 +104,7 @@ def test_messages():
 def test_without_lmms_eval_the_reason_is_named(capsys):
     code = adapter.main()
     if code:  # lmms-eval is not part of the development environment
-        assert 'pip install "spatialvlm[lmms]"' in capsys.readouterr().err
+        assert 'pip install -e ".[lmms]"' in capsys.readouterr().err
     with pytest.raises(AttributeError, match="no attribute 'NOTHING'"):
         adapter.NOTHING  # noqa: B018
 

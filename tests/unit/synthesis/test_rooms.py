@@ -223,7 +223,7 @@ def test_unmeasured_visibility_needs_a_word_of_permission(rooms):
 
 @pytest.mark.smoke
 def test_ray_writes_the_same_files(rooms, tmp_path):
-    pytest.importorskip("ray", reason="ray is not installed (pip install spatialvlm[ray])")
+    pytest.importorskip("ray", reason="ray is not installed (pip install -e '.[ray]')")
     plan = make_plan("left_right,locate_cell")
     synthesize(rooms, tmp_path / "serial", plan, executor="serial")
     synthesize(rooms, tmp_path / "ray", plan, executor="ray", workers=2)
