@@ -40,8 +40,13 @@ HEAD = """# Tasks
 
 Every question of the data engine is computed from 3D annotations: `derive()` decides from geometry alone,
 rejects what is too close to call, and stores its margin and evidence in the row. The same function runs
-again in `tools/verify_qa.py`. Groups: OpenSpatial (arXiv 2604.07296) families SM, SR, CP, MC, SAR; SSR
-(2603.00409); EASI capabilities MM, MR, SR, PT, DA, CR; SenseNova-SI (2511.13719) dimensions.
+again in `tools/verify_qa.py`.
+
+Families are those of OpenSpatial (arXiv 2604.07296): SM spatial measurement, SR spatial relationship, CP camera
+perception, MC multi-view consistency, SAR scene-aware reasoning. Capabilities are those of EASI: MM metric measurement,
+MR mental reconstruction, SR spatial relations, PT perspective-taking, DA deformation and assembly, CR comprehensive
+reasoning. The SSR column is that paper's group (2603.00409), the dimension SenseNova-SI's (2511.13719). Forms: YN yes or
+no, MCQ multiple choice, NUM number, OE open.
 
 This page is written by a command, see the head of `tools/document_tasks.py`.
 
