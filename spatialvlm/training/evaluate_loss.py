@@ -58,16 +58,18 @@ class HeldOutLoss:
         answers = AnswerCounts(self.sources, self.processes.device)
         fetcher = Fetcher(loader, self.processes.device)
         engine.model.eval()
-        for _ in range(loader.num_steps):
-            step = fetcher.fetch()
-            raise_on_all(self.processes, step.error)
-            sums.start_step(step.denominator)
-            for batch in step.batches:
-                out = engine(batch)
-                sums.add(out, batch)
-                answers.add(out, batch)
-        loader.close()
-        self.restore_mode()
+        try:
+            for _ in range(loader.num_steps):
+                step = fetcher.fetch()
+                raise_on_all(self.processes, step.error)
+                sums.start_step(step.denominator)
+                for batch in step.batches:
+                    out = engine(batch)
+                    sums.add(out, batch)
+                    answers.add(out, batch)
+        finally:  # training goes on after a first failure
+            self.restore_mode()
+            loader.close()
         denominators = torch.tensor(sums.denominators, dtype=torch.float64).to(
             self.processes.device
         )
