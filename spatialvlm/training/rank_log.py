@@ -1,6 +1,7 @@
 """``logs/rank-00003.log``: what one process wrote to standard error, warnings and tracebacks included.
 
-A launcher mixes the output of all ranks on one terminal; after a failure on 64 of them the file of one is readable.
+A launcher mixes the output of all ranks on one terminal; after a failure on 64 of them the file of one is readable. When
+the disk is full the file ends early and the run goes on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import socket
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -24,8 +26,9 @@ class _Copy(io.TextIOBase):
 
     def write(self, text: str) -> int:
         if not self.file.closed and "\r" not in text:
-            self.file.write(text)
-            self.file.flush()
+            with suppress(OSError):
+                self.file.write(text)
+                self.file.flush()
         return self.terminal.write(text)
 
     def flush(self) -> None:
@@ -52,11 +55,13 @@ def start_rank_log(run_dir: Path, rank: int, size: int) -> None:
 def log_traceback() -> None:
     """Note the exception that is being handled; the interpreter prints it on the terminal later."""
     if isinstance(sys.stderr, _Copy):
-        traceback.print_exc(file=sys.stderr.file)
+        with suppress(OSError):
+            traceback.print_exc(file=sys.stderr.file)
 
 
 def stop_rank_log() -> None:
     """Give standard error back."""
     if isinstance(sys.stderr, _Copy):
         copy, sys.stderr = sys.stderr, sys.stderr.terminal
-        copy.file.close()
+        with suppress(OSError):
+            copy.file.close()
