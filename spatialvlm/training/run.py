@@ -229,18 +229,27 @@ def _choose_checkpoint(run: OpenRun) -> None:
         run.checkpoint = store.verified(Path(wanted))
         run.processes.on_main(lambda: _compare(run.config, run.checkpoint))
     if run.checkpoint is not None:
-        _same_base(run, run.checkpoint)
+        same_base(run.config, run.lineage, run.checkpoint)
 
 
-def _same_base(run: OpenRun, checkpoint: Path) -> None:
-    """Frozen weights are not in a checkpoint, so it continues only on the weights it was made from."""
+def same_base(config: TrainConfig, lineage: Mapping[str, Any], checkpoint: Path) -> None:
+    """Frozen weights are not in a checkpoint, so it is of use only on the weights it was made from.
+
+    Args:
+        config: Recipe.
+        lineage: Of the weights as they are now, from :func:`check_base`.
+        checkpoint: ``step-*`` folder; older ones that started from the hub hold no fingerprint and pass.
+
+    Raises:
+        CheckpointError: The weights changed.
+    """
     manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-    before, now = manifest["lineage"].get("fingerprint"), run.lineage.get("fingerprint")
-    if before != now:
+    before, now = manifest["lineage"].get("fingerprint"), lineage["fingerprint"]
+    if before not in (None, now):
         raise CheckpointError(
-            f"{checkpoint} was trained from other weights than model.init_from={run.config.model.init_from} holds now "
-            f"(fingerprint {str(before)[:12]}, now {str(now)[:12]}). Put the original directory back, or start a new "
-            "run.dir from the changed one."
+            f"{checkpoint} was trained from other weights than model.init_from={config.model.init_from} holds now "
+            f"(fingerprint {before[:12]}, now {now[:12]}). Put the original weights back, or start a new run.dir from "
+            "the changed ones."
         )
 
 
@@ -352,8 +361,8 @@ def check_base(
         ):
             revision = config.model.revision
             path = _download(source, revision, code=trust_remote_code)
-            lineage = {"hub": source, "revision": revision}
             _check_backbone(config, path)
+            lineage = {"hub": source, "revision": revision, "fingerprint": base_fingerprint(path)}
             return path, lineage | _remote_code(config, path, trusted=trust_remote_code)
         raise CheckpointError(
             f"model.init_from={source} does not exist. Give a model directory (a previous stage's final/), or a hub "

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from spatialvlm.errors import DataError, LaunchError
+from spatialvlm.errors import CheckpointError, DataError, LaunchError
 from spatialvlm.training import build, plan
 from spatialvlm.training.distributed import start_processes
 from spatialvlm.training.evaluate_loss import HeldOutLoss
+from spatialvlm.training.export_checkpoint import export_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden" / "stage1_qwen3vl.json"
 
@@ -68,6 +69,9 @@ def test_other_weights_under_the_same_name_are_refused(
     weights.write_bytes(data)
     assert run(1, recipe(1, "qwen3vl"), *options) == 1
     assert "was trained from other weights" in capsys.readouterr().err
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    with pytest.raises(CheckpointError, match="was trained from other weights"):
+        export_checkpoint(checkpoint, tmp_path / "exported")
 
 
 def test_quantised_weights_are_refused(run, recipe, tiny_checkpoint, tmp_path, capsys):
