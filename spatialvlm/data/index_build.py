@@ -72,7 +72,9 @@ def build_index(
             if not _is_current(folder, hashes):
                 _build(source, folder, content_key, check, workers)
                 if hashes is not None:
-                    (folder / "hashes.json").write_text(json.dumps(hashes))
+                    partial = folder / "hashes.tmp"  # others read without the lock
+                    partial.write_text(json.dumps(hashes))
+                    partial.replace(folder / "hashes.json")
     index = SourceIndex(source, folder)
     _check_budget(index, max_rejected_fraction)
     return index

@@ -191,4 +191,6 @@ class BenchmarkProbe:
             return
         self.on_best()
         text = json.dumps({"step": step, "benchmark": self.select, "value": value})
-        path.write_text(text + "\n", encoding="utf-8")
+        partial = path.with_suffix(".tmp")
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(path)

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -302,3 +303,20 @@ def test_blocked_scenes_are_found_by_the_shipped_patterns(make, tmp_path):
     assert ((flags & FLAG_BLOCKED) > 0).tolist() == [True, True, True, True, False, False]
     assert ((flags & FLAG_NO_ID) > 0).tolist() == [False] * 5 + [True]
     assert index.info["no_known_id"] == 1
+
+
+def test_hashes_are_whole_or_not_there(make, tmp_path, monkeypatch):
+    write_text = Path.write_text
+
+    def half(self, text, **options):
+        if not self.name.startswith("hashes"):
+            return write_text(self, text, **options)
+        write_text(self, text[:5])
+        raise OSError("no space left on device")
+
+    source = make([talk("Is it?", "Yes")])
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", half)
+        with pytest.raises(OSError, match="no space"):
+            build_index(source, tmp_path / "index", verify_files=True)
+    assert len(build_index(source, tmp_path / "index", verify_files=True)) == 1

@@ -129,6 +129,22 @@ def test_the_best_step_of_an_error_is_the_lowest(probe, tmp_path):
     assert errors == {"localcogmap", "globalmap"}
 
 
+def test_a_full_disk_leaves_the_best_step_readable(probe, tmp_path, monkeypatch):
+    run, path = probe[0], tmp_path / "eval" / "best.json"
+    path.parent.mkdir()
+    run._mark(1, 1.0, lower=False)
+    before = path.read_text()
+
+    def half(self, text, **options):
+        self.open("w").write(text[:5])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="no space"):
+        run._mark(2, 2.0, lower=False)
+    assert path.read_text() == before
+
+
 def test_types_are_logged(probe):
     run, model, _ = probe
     model.right = 1
