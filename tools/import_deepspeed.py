@@ -31,6 +31,14 @@ def main() -> int:
     parser.add_argument("--model", type=Path, required=True, help="model directory it started from")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights")
     args = parser.parse_args()
+    if args.target.exists():
+        raise CheckpointError(f"{args.target} exists; choose a new directory.")
+    if not args.target.absolute().parent.is_dir():
+        raise CheckpointError(f"{args.target.absolute().parent} is no directory; create it first.")
+    if not (args.model / "config.json").is_file():
+        raise CheckpointError(
+            f"--model {args.model} holds no config.json; give the model directory that training started from."
+        )
 
     import torch
     from safetensors.torch import save_file
@@ -47,8 +55,6 @@ def main() -> int:
         raise CheckpointError(
             f"{args.checkpoint} holds adapters ({adapters[0]}, ...); merge them with the program that wrote them."
         )
-    if args.target.exists():
-        raise CheckpointError(f"{args.target} exists; choose a new directory.")
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     with tempfile.TemporaryDirectory(dir=args.target.absolute().parent) as temporary:
         work = Path(temporary)

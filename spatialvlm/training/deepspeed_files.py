@@ -39,6 +39,13 @@ STAND_INS: dict[str, type] = {
 """The only names besides tensors that a file may hold."""
 
 
+_STATE_FIELDS = (
+    ("single_partition_of_fp32_groups", "param_slice_mappings"),
+    ("fp32_flat_groups",),
+)
+"""What an optimizer file has to hold: up to ZeRO-2, and in ZeRO-3."""
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Trained fp32 masters and frozen weights by parameter name, from any ZeRO stage and world size.
 
@@ -46,7 +53,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         folder: A checkpoint directory (with ``latest``), or one of its ``global_step*`` folders.
 
     Raises:
-        CheckpointError: No DeepSpeed checkpoint, a file that could run code, a link, or a missing rank.
+        CheckpointError: No DeepSpeed checkpoint, a file that could run code, a link, a missing rank, or a
+            file without a field that is needed.
     """
     folder = _step_folder(folder)
     optims = _by_rank(folder, "*zero_pp_rank_*_optim_states.pt")
@@ -55,9 +63,14 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{folder} holds no *_model_states.pt and *_optim_states.pt of DeepSpeed's ZeRO."
         )
-    states = [_load(path)["optimizer_state_dict"] for path in optims]
-    heads = [_load(path) for path in models]
+    states = [_load(path, "optimizer_state_dict")["optimizer_state_dict"] for path in optims]
+    heads = [_load(path, "param_shapes", "dp_world_size") for path in models]
+    _require(optims[0], states[0], "zero_stage")
     stage, world = int(states[0]["zero_stage"]), int(heads[0]["dp_world_size"])
+    if stage < 3:
+        _require(models[0], heads[0], "module")
+    for path, state in zip(optims, states, strict=True):
+        _require(path, state, *_STATE_FIELDS[stage >= 3])
     if len(states) != world:
         raise CheckpointError(
             f"{folder} holds the optimizer files of {len(states)} ranks, it was written by {world}."
@@ -89,7 +102,7 @@ def _by_rank(folder: Path, pattern: str) -> list[Path]:
     return found
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path, *fields: str) -> dict[str, Any]:
     try:
         names = set(get_unsafe_globals_in_checkpoint(path))
         if foreign := sorted(names - set(STAND_INS)):
@@ -102,9 +115,19 @@ def _load(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    _require(path, content, *fields)
+    checked: dict[str, Any] = content
+    return checked
+
+
+def _require(path: Path, content: Any, *fields: str) -> None:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint.")
-    return content
+    if missing := [name for name in fields if name not in content]:
+        raise CheckpointError(
+            f"{path} holds no {', '.join(missing)}: another layout than that of DeepSpeed 0.19. Export a safetensors model "
+            "with the program that wrote it."
+        )
 
 
 def _partitioned(head: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

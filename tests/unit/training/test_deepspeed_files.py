@@ -110,3 +110,47 @@ def test_the_tool_writes_a_model_directory(tiny_checkpoint, tmp_path, monkeypatc
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], weights[name]) for name in found)
     assert (target / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "inside"),
+    [
+        ("bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "optimizer_state_dict", None),
+        (
+            "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
+            "param_slice_mappings",
+            "optimizer_state_dict",
+        ),
+        ("mp_rank_00_model_states.pt", "param_shapes", None),
+    ],
+)
+def test_a_file_without_a_needed_field_is_named(tmp_path, file, field, inside):
+    path = write(tmp_path, {"a": torch.randn(4)}) / file
+    content = torch.load(path, weights_only=False)
+    del (content[inside] if inside else content)[field]
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=rf"{file} holds no {field}"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("target", "model", "message"),
+    [
+        ("there", "base", "exists; choose a new directory"),
+        ("no/such/place", "base", "is no directory; create it first"),
+        ("new", "empty", "holds no config.json"),
+    ],
+)
+def test_the_tool_looks_at_its_arguments_before_it_reads(
+    tmp_path, monkeypatch, capsys, target, model, message
+):
+    for name in ("there", "base", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    argv = ["no_checkpoint", target, "--model", model]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *argv])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    assert stop.value.code != 0
+    assert message in capsys.readouterr().err
