@@ -10,6 +10,7 @@ python -m spatialvlm.evaluation list
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from spatialvlm.errors import USER_ERRORS
@@ -34,7 +35,10 @@ def _score(args: argparse.Namespace) -> None:
     benchmark = load_items(spec, args.data, media_root=args.media_root, ids=ids, strict=args.strict)
     predictions, warnings = read_predictions(args.pred, style=args.format)
     if args.format == "lmms":
-        predictions = by_row_number(benchmark.items, predictions)
+        # Its numbers count all rows of the file, also those that --ids or a sub-set leave out.
+        every = load_items(replace(spec, select=None), args.data).items
+        kept = {item.key for item in benchmark.items}
+        predictions = {k: p for k, p in by_row_number(every, predictions).items() if k in kept}
         warnings.append(
             f"lmms-eval's sample log holds row numbers only: {args.data} must have the rows of its split in their order"
         )

@@ -142,6 +142,10 @@ def by_row_number(
 ) -> dict[Key, Prediction]:
     """Give answers of lmms-eval, which are numbered by row, the ids of these rows.
 
+    Args:
+        items: All rows of the file that are asked, in its order; no sub-set of them.
+        predictions: Answers whose id is a row number from 0.
+
     Raises:
         DataError: A number beyond the last row.
     """

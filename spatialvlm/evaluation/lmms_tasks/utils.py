@@ -70,6 +70,11 @@ def double_only(docs: Any) -> Any:
     return docs.filter(lambda doc: len(str(doc["answer"]).strip()) == 2)
 
 
+def scored_only(docs: Any) -> Any:
+    """Rows of the data engine that have a score; captions and talks of several turns are not asked."""
+    return docs.filter(lambda doc: _item("spatialvlm_rows", doc).kind != "unscored")
+
+
 vsti_messages, vsti_text, vsti_visual, vsti_process = _functions("vsti_bench")
 space10_messages, space10_text, space10_visual, space10_process = _functions("space10")
 angles_messages, angles_text, angles_visual, angles_process = _functions("all_angles")

@@ -1,5 +1,6 @@
 """The lmms-eval adapter without lmms-eval: messages, order, errors, task files."""
 
+import csv
 import json
 import runpy
 from pathlib import Path
@@ -9,13 +10,14 @@ import pytest
 import yaml
 from PIL import Image
 
-from spatialvlm.errors import ConfigError
+from spatialvlm.errors import ConfigError, DataError
 from spatialvlm.evaluation import lmms_adapter as adapter
 from spatialvlm.evaluation.__main__ import main
 from spatialvlm.evaluation.generate import Completion
-from spatialvlm.evaluation.predictions import Prediction
+from spatialvlm.evaluation.predictions import Prediction, by_row_number
 from spatialvlm.evaluation.prompts import prompt_text
 from spatialvlm.evaluation.registry import find_spec, load_benchmark
+from spatialvlm.evaluation.schema import Item
 from spatialvlm.evaluation.scoring import score
 
 TASKS = Path(adapter.__file__).parent / "lmms_tasks"
@@ -260,3 +262,40 @@ def test_sample_logs_hold_row_numbers(tmp_path, capsys):
     log.write_text(json.dumps({"doc_id": 3, "filtered_resps": ["A"]}) + "\n")
     assert main(command) == 1
     assert "row 3" in capsys.readouterr().err
+
+
+class Docs(list):
+    """The one method of a data set that task files use."""
+
+    def filter(self, keep):
+        return Docs(doc for doc in self if keep(doc))
+
+
+def test_rows_without_a_score_are_not_asked(tmp_path, capsys):
+    """lmms-eval numbers the rows that our engine asks; ``--ids`` and a limited log change no number."""
+    _, rows, _, _ = SCORED["rows"]
+    rows = [{**rows[0], "id": "caption", "task": "scene_caption"}, *rows]
+    task = yaml.load((TASKS / "spatialvlm_jsonl.yaml").read_text(), Loader=TaskLoader)
+    chosen = getattr(task_functions(), task["process_docs"][1].removeprefix("utils."))
+    asked = [row["id"] for row in chosen(Docs(rows))]
+    data, log, ids = (tmp_path / name for name in ("rows.jsonl", "x_samples_y.jsonl", "ids.txt"))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert asked == [item.id for item in load_benchmark("spatialvlm_rows", data).items]
+
+    lines = [{"doc_id": n, "filtered_resps": ["yes" if n == 2 else "no"]} for n in range(4)]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ids.write_text("2 3")
+    command = ["score", "--bench", "spatialvlm_rows", "--data", str(data), "--pred", str(log)]
+    assert main([*command, "--format", "lmms", "--ids", str(ids), "--out", str(tmp_path / "o")]) == 0
+    with (tmp_path / "o" / "per_item.csv").open() as file:
+        assert {r["id"]: float(r["score"]) for r in csv.DictReader(file)} == {"2": 1.0, "3": 0.0}
+    capsys.readouterr()
+
+
+def test_answers_by_row_number():
+    items = [Item(name, "text", "x", "t", name) for name in ("a", "b", "c")]
+    found = by_row_number(items, {("2", ""): Prediction("2", "two"), ("0", ""): Prediction("0", "")})
+    assert {key: answer.text for key, answer in found.items()} == {("c", ""): "two", ("a", ""): ""}
+    for bad in ("3", "-1", "b"):
+        with pytest.raises(DataError, match=f"answers row {bad}, the benchmark file has 3 items"):
+            by_row_number(items, {(bad, ""): Prediction(bad, "")})
