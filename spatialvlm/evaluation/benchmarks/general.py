@@ -1,7 +1,10 @@
 """General visual questions, as a check that nothing was forgotten: RealWorldQA, MMStar, MMMU."""
 
+import re
 from collections.abc import Callable
+from itertools import count
 
+from spatialvlm.errors import DataError
 from spatialvlm.evaluation.benchmarks.multiview import images, inline_options
 from spatialvlm.evaluation.extract import (
     ChoiceExtractor,
@@ -22,6 +25,7 @@ from spatialvlm.evaluation.schema import (
     BenchmarkSpec,
     Item,
     Judge,
+    Media,
     Row,
     Verdict,
     as_list,
@@ -29,6 +33,7 @@ from spatialvlm.evaluation.schema import (
     choice_item,
     letter_columns,
     lettered,
+    present,
 )
 
 
@@ -98,6 +103,10 @@ MMSTAR = BenchmarkSpec(
 )
 
 
+_NUMBERED = re.compile(r"<image (\d+)>")
+"""A picture of MMMU by its number, in questions and options."""
+
+
 def _parse_mmmu(row: Row, item_id: str) -> Item:
     subject = "_".join(item_id.split("_")[1:-1]) or "all"
     if str(row["question_type"]) == "open":
@@ -108,13 +117,30 @@ def _parse_mmmu(row: Row, item_id: str) -> Item:
 
 def _prompt_mmmu(item: Item, protocol: str) -> str:
     text = str(item.row["question"])
-    for number in range(1, 10):
-        text = text.replace(f"<image {number}>", "<image>")
     if item.kind == "text":
-        return f"{text}\nAnswer the question using a single word or phrase."
-    if protocol == "easi":
-        return generic(text, item.options)
-    return f"{text}\n{join_options(item.options)}\n{ANSWER_LETTER}"
+        text = f"{text}\nAnswer the question using a single word or phrase."
+    elif protocol == "easi":
+        text = generic(text, item.options)
+    else:
+        text = f"{text}\n{join_options(item.options)}\n{ANSWER_LETTER}"
+    return _NUMBERED.sub("<image>", text)
+
+
+def _media_mmmu(row: Row) -> tuple[Media, ...]:
+    """Pictures in the order in which question and options name them, then those that nothing names."""
+    columns = [n for n in range(1, 10) if present(row.get(f"image_{n}"))]
+    pictures = dict(zip(columns or count(1), images(row), strict=False))
+    asked = [str(row["question"])]
+    if str(row["question_type"]) != "open":
+        asked += lettered(row["options"]).values()
+    named = [int(number) for text in asked for number in _NUMBERED.findall(text)]
+    if absent := sorted(set(named) - set(pictures)):
+        raise DataError(
+            f"item {row['id']} names <image {absent[0]}>, its pictures are {list(pictures)}. "
+            "Check the image columns of the benchmark file."
+        )
+    rest = [number for number in pictures if number not in named]
+    return tuple(pictures[number] for number in [*named, *rest])
 
 
 MMMU = BenchmarkSpec(
@@ -126,7 +152,7 @@ MMMU = BenchmarkSpec(
     judge=text_or_choice(by_protocol(mmmu_style, easi=vlmk_infer)),
     summarise=micro,
     prompt=_prompt_mmmu,
-    media=images,
+    media=_media_mmmu,
     max_new_tokens=1024,
     notes=dict.fromkeys(
         ("official", "lmms", "easi"),

@@ -130,6 +130,26 @@ def test_exact_text(name, row, protocols, text):
         assert prompt_text(item, spec, protocol) == text
 
 
+def test_pictures_of_mmmu_follow_their_numbers():
+    """Markers in the question and in the options, one of them twice; picture 4 is named nowhere."""
+    spec = find_spec("mmmu")
+    row = {**MMMU, "question": "<image 3> beside <image 1>", "options": "['<image 2>', '<image 3>']"}
+    row |= {f"image_{n}": f"{n}.png" for n in range(1, 5)}
+    (message,) = build_messages(spec.parse(row, row["id"]), spec, media="real")
+    parts = [part.get("image", part.get("text")) for part in message["content"]]
+    assert parts[:7] == ["3.png", "beside", "1.png", "A.", "2.png", "B.", "3.png"]
+    assert parts[7] == "4.png"
+    (message,) = build_messages(spec.parse(row, row["id"]), spec, media="drop")
+    assert "<image" not in message["content"][0]["text"]
+    opened = {**row, "question_type": "open", "image_2": None}  # its options are not shown
+    (message,) = build_messages(spec.parse(opened, row["id"]), spec)
+    assert [part["image"] for part in message["content"] if "image" in part] == [
+        "3.png", "1.png", "4.png"
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="names <image 2>, its pictures"):
+        spec.media({**row, "image_2": None})
+
+
 def test_every_benchmark_has_a_prompt_and_a_limit():
     covered = {name for name, *_ in EXPECTED}
     own = {"erqa", "mindcube_tiny", "vsi_debiased", "spatialvlm_rows", "internspatial"}
