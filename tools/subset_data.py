@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from spatialvlm.errors import ConfigError, DataError, SpatialVLMError, run_command
+from spatialvlm.errors import ConfigError, DataError, run_command
 from spatialvlm.evaluation.scaling import nested_subset
 
 
@@ -27,6 +27,8 @@ def read_categories(path: Path, key: str) -> dict[str, str]:
     found: dict[str, str] = {}
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
                 name, category = str(row.get("id", number)), str(row[key])
@@ -52,25 +54,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--floor", type=int, default=1, help="least rows per category")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
-    try:
-        if (
-            args.fractions != sorted(set(args.fractions))
-            or not 0 < args.fractions[0] <= args.fractions[-1] <= 1
-        ):
-            raise ConfigError(f"--fractions {args.fractions} must increase and lie in (0, 1]")
-        categories = read_categories(args.file, args.category)
-    except SpatialVLMError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    if (
+        args.fractions != sorted(set(args.fractions))
+        or not 0 < args.fractions[0] <= args.fractions[-1] <= 1
+    ):
+        raise ConfigError(f"--fractions {args.fractions} must increase and lie in (0, 1]")
+    categories = read_categories(args.file, args.category)
     args.out.mkdir(parents=True, exist_ok=True)
     names = list(categories)
     manifest = {}
     for fraction in args.fractions:
         chosen = nested_subset(categories, fraction, seed=args.seed, floor=args.floor)
         kept = set(chosen)
-        target = args.out / f"{args.file.stem}.{round(100 * fraction):03d}.jsonl"
+        target = args.out / f"{args.file.stem}.{100 * fraction:03.10g}.jsonl"
         with args.file.open(encoding="utf-8") as source, target.open("w", encoding="utf-8") as file:
-            file.writelines(line for name, line in zip(names, source, strict=True) if name in kept)
+            rows = (line for line in source if line.strip())
+            file.writelines(line for name, line in zip(names, rows, strict=True) if name in kept)
         manifest[target.name] = {
             "fraction": fraction,
             "seed": args.seed,

@@ -12,7 +12,7 @@ import pytest
 
 from spatialvlm.config.evaluation import SweepConfig
 from spatialvlm.config.load import load_config
-from spatialvlm.errors import ConfigError
+from spatialvlm.errors import ConfigError, run_command
 from spatialvlm.evaluation.metrics import composite
 from spatialvlm.evaluation.scaling import (
     check_extrapolation,
@@ -73,8 +73,14 @@ def test_subsets_of_a_file(tmp_path, capsys):
         ([*base, "--fractions", "1.5"], "must increase"),
         ([*base[:3], "nothing", *base[4:], "--fractions", "0.5"], "rows.jsonl:1 has no 'nothing'"),
     ):
-        assert tool(arguments) == 1
+        assert run_command(lambda given=arguments: tool(given)) == 2
         assert message in capsys.readouterr().err
+    path.write_text("\n" + path.read_text().replace("\n", "\n \n"))  # blank lines
+    assert tool([*base, "--fractions", "0.01", "0.014", "0.1"]) == 0
+    fine = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert list(fine) == ["rows.001.jsonl", "rows.1.4.jsonl", "rows.010.jsonl"]
+    assert fine["rows.010.jsonl"] == manifest["rows.010.jsonl"]
+    assert (tmp_path / "out" / "rows.010.jsonl").read_text().count("\n") == 30
 
 
 # -------------------------------------------------------------------------------------------------------- fits
