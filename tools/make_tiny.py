@@ -34,6 +34,8 @@ def main() -> None:
         help="the shipped weights for qwen3vl (demo size) in place of random ones",
     )
     args = parser.parse_args()
+    if args.pretrained and "qwen3vl" not in args.family:
+        parser.error("--pretrained has weights for qwen3vl only; add it to --family")
     for family in args.family:
         pretrained = args.pretrained and family == "qwen3vl"
         folder = make_checkpoint(

@@ -102,6 +102,10 @@ def test_command_line(tmp_path, monkeypatch, capsys):
         "tiny_vggt.safetensors",
     ]
     assert "tiny_internvl3  1.2 MB" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*arguments, "--pretrained"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "tools" / "make_tiny.py"))["main"]()
+    assert "--pretrained has weights for qwen3vl only" in capsys.readouterr().err
 
 
 def test_demo_sizes_stay_small(tmp_path):
