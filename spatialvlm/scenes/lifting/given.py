@@ -1,6 +1,9 @@
 """Backends whose answers the user states: labels, calibration, poses."""
 
+import hashlib
+import io
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,11 +78,12 @@ class StoredPoses:
 
     def __init__(self, path: Path, images: Array) -> None:
         try:
-            with np.load(path, allow_pickle=False) as file:
+            data = path.read_bytes()
+            with np.load(io.BytesIO(data), allow_pickle=False) as file:
                 self._poses = np.asarray(file["world_from_cam"], dtype=np.float64)
                 self._k = np.asarray(file["intrinsics"], dtype=np.float64)
                 self._metric = bool(file["metric"])
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise ImporterError(
                 f"{path}: needs the arrays world_from_cam, intrinsics and metric: {error}."
             ) from error
@@ -92,7 +96,7 @@ class StoredPoses:
         self._by_image = {
             np.ascontiguousarray(image).tobytes(): i for i, image in enumerate(images)
         }
-        self.version = path.name
+        self.version = hashlib.blake2b(data, digest_size=8).hexdigest()
 
     def poses(self, images: Array) -> Poses:
         """Stored cameras of the chosen frames."""

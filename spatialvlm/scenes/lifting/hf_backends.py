@@ -67,7 +67,8 @@ class DepthAnythingDepth:
     def __init__(self, checkpoint: str, *, metric: bool, device: str = "cpu") -> None:
         self._processor, self._model = _load("AutoModelForDepthEstimation", checkpoint, device)
         self.metric, self._device = metric, device
-        self.version = _version(checkpoint, self._model)
+        reading = "metric" if metric else "relative"
+        self.version = f"{_version(checkpoint, self._model)}-{reading}"
 
     def depth(self, images: Array) -> Array:
         """Z-depth at the size of the images; relative checkpoints give inverse depth, turned round here."""

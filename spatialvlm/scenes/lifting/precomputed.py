@@ -2,11 +2,14 @@
 
 ``<folder>/<index>.npz`` holds ``depth [H, W]`` (metres or relative), ``world_from_cam [4, 4]``,
 ``intrinsics [3, 3]``, ``masks [N, H, W]`` (bool), ``labels [N]`` (text) and ``scores [N]``. ``meta.json`` holds
-``{"metric_depth": bool, "metric_poses": bool, "version": text}``.
+``{"metric_depth": bool, "metric_poses": bool}``.
 """
 
+import hashlib
+import io
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,30 +42,39 @@ class Precomputed:
     """
 
     id = "precomputed"
+    version: str
+    """Digest of all files, so that stored results of other files are not taken for these."""
 
     def __init__(self, folder: Path, images: Array) -> None:
         meta_path = folder / "meta.json"
         try:
-            meta = json.loads(meta_path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+            meta = json.loads(meta_path.read_bytes())
+        except (OSError, ValueError) as error:
             raise ImporterError(f"{meta_path}: missing or not JSON: {error}.") from error
-        self.version = str(meta.get("version", "1"))
-        self.metric = bool(meta["metric_depth"])
-        self._metric_poses = bool(meta["metric_poses"])
-        self._frames = [self._load(folder / f"{index:06d}.npz") for index in range(len(images))]
+        for key in ("metric_depth", "metric_poses"):
+            if not isinstance(meta, dict) or not isinstance(meta.get(key), bool):
+                raise ImporterError(f"{meta_path}: needs {key!r}: true or false.")
+        self.metric, self._metric_poses = meta["metric_depth"], meta["metric_poses"]
+        digest = hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=8)
+        self._frames = [
+            self._load(folder / f"{index:06d}.npz", digest) for index in range(len(images))
+        ]
+        self.version = digest.hexdigest()
         self._by_image = {
             np.ascontiguousarray(image).tobytes(): i for i, image in enumerate(images)
         }
 
     @staticmethod
-    def _load(path: Path) -> dict[str, Array]:
+    def _load(path: Path, digest: hashlib.blake2b) -> dict[str, Array]:
         try:
-            with np.load(path, allow_pickle=False) as file:
+            data = path.read_bytes()
+            digest.update(data)
+            with np.load(io.BytesIO(data), allow_pickle=False) as file:
                 missing = [key for key in KEYS if key not in file]
                 if missing:
                     raise ImporterError(f"{path}: array {missing[0]!r} is missing.")
                 return {key: file[key] for key in KEYS}
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise ImporterError(f"{path}: not a readable npz file: {error}.") from error
 
     def backends(self) -> Backends:
