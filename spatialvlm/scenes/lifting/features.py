@@ -7,6 +7,8 @@ another label list makes no call for what is known. Neural backends may keep the
 import hashlib
 import os
 import threading
+import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -91,7 +93,7 @@ class FeatureStore:
         try:
             with np.load(path, allow_pickle=False) as file:
                 features = dict(file)
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise SceneError(
                 f"{path}: stored features are damaged: {error}. Delete the file."
             ) from error
@@ -108,8 +110,8 @@ class FeatureStore:
 
     def _keep(self, key: str, features: Features) -> None:
         with self._lock:
+            self._held += _size(features) - _size(self._memory.get(key, {}))
             self._memory[key] = features
-            self._held += _size(features)
             while self._held > self._limit and len(self._memory) > 1:
                 _, dropped = self._memory.popitem(last=False)
                 self._held -= _size(dropped)

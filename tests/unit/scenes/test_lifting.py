@@ -11,9 +11,11 @@ import pytest
 from spatialvlm.errors import ImporterError, SceneError, SceneSchemaError
 from spatialvlm.scenes.distances import box_iou
 from spatialvlm.scenes.io import load_depth, load_instances, load_scene
+from spatialvlm.scenes.lifting import hf_backends
 from spatialvlm.scenes.lifting.agreement import agreement
 from spatialvlm.scenes.lifting.features import FeatureStore
-from spatialvlm.scenes.lifting.lift import lift_image, lift_video
+from spatialvlm.scenes.lifting.given import StoredPoses
+from spatialvlm.scenes.lifting.lift import Lifted, lift_image, lift_video
 from spatialvlm.scenes.lifting.oracle import Noise, Oracle, View
 from spatialvlm.scenes.lifting.pipeline import PipelineStats, Stage, run_stages
 from spatialvlm.scenes.lifting.precomputed import Precomputed
@@ -31,6 +33,7 @@ from spatialvlm.scenes.rooms.build import (
     make_scene,
     render_view,
 )
+from spatialvlm.scenes.schema import Frame, Scene
 from spatialvlm.scenes.transforms import geodesic_deg, rx, ry
 
 
@@ -113,6 +116,52 @@ def test_feature_store(tmp_path):
     (tmp_path / f"{keys[0]}.npz").write_bytes(b"torn")
     with pytest.raises(SceneError, match="stored features are damaged"):
         FeatureStore(tmp_path).lookup(keys, compute)
+    whole = (tmp_path / f"{keys[1]}.npz").read_bytes()
+    (tmp_path / f"{keys[1]}.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SceneError, match=rf"{keys[1]}\.npz: .* Delete the file"):
+        FeatureStore(tmp_path).lookup(keys[1:], compute)
+
+
+def test_a_key_kept_twice_counts_once(tmp_path):
+    """Two threads may compute the same key; its size must not push others out of memory."""
+
+    class Fake:
+        id, version = "fake", "1"
+
+    store = FeatureStore(memory_bytes=2000)
+    first, second = (store.key(Fake, text) for text in ("a", "b"))
+
+    def again(missing):
+        store.lookup([first], lambda _: [{"x": np.zeros(100)}])
+        return [{"x": np.zeros(100)} for _ in missing]
+
+    store.lookup([first], again)
+    store.lookup([second], lambda _: [{"x": np.zeros(100)}])
+    store.lookup([first], lambda _: pytest.fail("was dropped too early"))
+
+
+def test_versions_tell_other_files_and_readings_apart(tmp_path, monkeypatch):
+    """Stored results of one pose file, one set of files or one reading of depth never serve another."""
+    images = np.zeros((1, 4, 4, 3), np.uint8)
+    poses, precomputed = [], []
+    masks = {"masks": np.zeros((0, 4, 4), bool), "labels": np.zeros(0, str), "scores": np.zeros(0)}
+    (tmp_path / "meta.json").write_text('{"metric_depth": true, "metric_poses": true}')
+    for shift in (0.0, 1.0):
+        arrays = {"world_from_cam": np.eye(4) + shift, "intrinsics": np.eye(3)}
+        np.savez(tmp_path / "poses.npz", world_from_cam=np.eye(4)[None] + shift,
+                 intrinsics=np.eye(3), metric=True)  # fmt: skip
+        np.savez(tmp_path / "000000.npz", depth=np.ones((4, 4)), **arrays, **masks)
+        poses.append(StoredPoses(tmp_path / "poses.npz", images).version)
+        precomputed.append(Precomputed(tmp_path, images).version)
+    assert len(set(poses)) == len(set(precomputed)) == 2
+    assert Precomputed(tmp_path, images).version == precomputed[1]
+    monkeypatch.setattr(hf_backends, "_load", lambda *_: (None, None))
+    monkeypatch.setattr(hf_backends, "_version", lambda *_: "weights")
+    readings = [hf_backends.DepthAnythingDepth("d", metric=m).version for m in (True, False)]
+    assert readings == ["weights-metric", "weights-relative"]
+    (tmp_path / "meta.json").write_text('{"metric_depth": true}')
+    with pytest.raises(ImporterError, match=r"meta\.json: needs 'metric_poses': true or false"):
+        Precomputed(tmp_path, images)
 
 
 def test_feature_store_forgets_the_oldest():
@@ -356,6 +405,22 @@ def test_failing_poses_are_named(captured):
     backends = replace(oracle.backends(), pose=Lost())
     with pytest.raises(SceneError, match="lifting stage 'poses' failed: ValueError: no motion"):
         lift_video(images, backends, scene_id="lifted/a")
+
+
+def test_far_pixels_leave_near_depth_exact(tmp_path):
+    """Beyond 65.535 m is unknown; a scene without a unit keeps fine steps around its median."""
+    frame = Frame("000000", None, 4, 4, np.array([[4, 0, 2], [0, 4, 2], [0, 0, 1.0]]), np.eye(4))
+    depth = np.full((4, 4), 2.345, np.float32)
+    depth[0] = (np.inf, np.nan, 1e6, 65.0)
+    nothing = (np.zeros((4, 4, 3), np.uint8),), (np.zeros((4, 4), np.uint16),)
+    for metric, unit, last in ((True, 1.0, 65.0), (False, 0.1, 0.0)):
+        scene = Scene(
+            "lifted/far", "lifted/far", "lifted", objects=[], frames=[frame], metric=metric
+        )
+        written = write_lifted(Lifted(scene, nothing[0], (depth * unit,), nothing[1]), tmp_path)
+        stored = load_depth(written, written.frames[0])
+        np.testing.assert_allclose(stored[1:], 2.345 * unit, rtol=3e-4)
+        np.testing.assert_allclose(stored[0], [0, 0, 0, last], atol=1e-3)
 
 
 def test_precomputed(tmp_path):
