@@ -7,6 +7,7 @@ The key, if one is needed, comes from the environment variable ``SPATIALVLM_ENDP
 """
 
 import base64
+import http.client
 import io
 import json
 import os
@@ -92,13 +93,15 @@ class Endpoint:
                 return None, f"HTTP {error.code}"
             detail = error.read(300).decode("utf-8", "replace")
             raise BackendUnavailableError(f"{address}: HTTP {error.code}: {detail}") from error
-        except OSError as error:
-            return None, str(error)
+        except (OSError, http.client.HTTPException) as error:
+            return None, f"{type(error).__name__}: {error}"
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise BackendUnavailableError(
                 f"{address}: the reply is not a chat completion: {error!r}."
             ) from error
-        return str(answer), ""
+        if not isinstance(answer, str):
+            raise BackendUnavailableError(f"{address}: the reply holds no text: {answer!r}.")
+        return answer, ""
 
 
 def _data_url(image: UInt8[np.ndarray, "h w 3"]) -> str:

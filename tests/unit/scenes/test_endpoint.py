@@ -1,6 +1,7 @@
 """The chat endpoint against a local server: requests, pictures, retries, refusals."""
 
 import base64
+import http.client
 import io
 
 import numpy as np
@@ -66,6 +67,23 @@ def test_refusals_are_not_repeated():
         Endpoint("http://127.0.0.1:9", "m", attempts=1, timeout_s=2).chat("?")
     with pytest.raises(BackendUnavailableError, match="begins with http"):
         Endpoint("file:///etc", "m").chat("?")
+
+
+def test_a_reply_without_text_is_an_error():
+    with (
+        serve_text(None) as (url, _),
+        pytest.raises(BackendUnavailableError, match="the reply holds no text: None"),
+    ):
+        Endpoint(url, "m").chat("?")
+
+
+def test_a_reply_cut_short_is_asked_for_again(monkeypatch):
+    def cut(*_, **__):
+        raise http.client.IncompleteRead(b"{")
+
+    monkeypatch.setattr("urllib.request.urlopen", cut)
+    with pytest.raises(BackendUnavailableError, match="2 attempts: IncompleteRead"):
+        Endpoint("http://127.0.0.1:9", "m", attempts=2, pause_s=0.0).chat("?")
 
 
 def test_tags_and_captions():
