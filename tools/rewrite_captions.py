@@ -4,8 +4,8 @@ r"""Let a language model rewrite the scene captions of generated rows; facts are
         --endpoint http://localhost:8000/v1 --model my-model
 
 The endpoint speaks the OpenAI chat protocol; a key is read from SPATIALVLM_ENDPOINT_KEY. A caption whose
-numbers, labels or relations changed is refused and the one made of facts stays. An interrupted run continues
-with the files that are missing. ``tools/verify_qa.py`` accepts the result and checks it by the same rule.
+numbers, labels or relations changed, or their order within a sentence, is refused and the one made of facts
+stays. An interrupted run continues with the files that are missing. ``tools/verify_qa.py`` accepts the result and checks it by the same rule.
 """
 
 import argparse

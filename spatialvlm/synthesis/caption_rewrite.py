@@ -1,8 +1,9 @@
 """Captions in freer words from a language model, kept only when every checked fact survives.
 
-Nothing is contacted unless a user names an endpoint. A rewritten caption must say the same numbers, the same
-labels and the same relations as the caption made of facts; otherwise that one stays. Rows that changed are
-tagged, and ``verify_qa.py`` checks them by the same rule against the caption it derives again.
+Nothing is contacted unless a user names an endpoint. A rewritten caption must have the same sentences in any
+order: each names the same labels, relations and numbers in the same order as a sentence of the caption made of
+facts, so swapping two objects is refused. The words between them are free and not checked. Otherwise the
+caption made of facts stays. Rows that changed are tagged, and ``verify_qa.py`` checks them by the same rule against the caption it derives again.
 """
 
 from __future__ import annotations
@@ -31,53 +32,66 @@ REWRITTEN = "rewritten"
 BATCH = 1024
 INSTRUCTION = (
     "Rewrite the description below as one fluent paragraph. Keep every number, every object and every "
-    "relation exactly as stated, from the same point of view. Add nothing. Answer with the paragraph only.\n\n"
+    "relation exactly as stated, from the same point of view. Keep one sentence per statement, and the order of "
+    "objects and numbers within it. Add nothing. Answer with the paragraph only.\n\n"
 )
 _WORDS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_NUMBER = re.compile(r"\d+(?:\.\d+)?|\b(?:" + "|".join(_WORDS) + r")\b")
-_RELATION = re.compile(r"\b(left|right|front|behind|above|below)\b")
+_NUMBER = r"\d+(?:\.\d+)?|\b(?:" + "|".join(_WORDS) + r")\b"
+_RELATION = r"\b(?:(?:left|right|front)(?: of)?|behind|above|below|not|no|never|without)\b|n't\b"
+"""With "of" or without: "to the left of the sofa" and "to the sofa's left" say opposite things. A denial counts."""
+Sentence = tuple[tuple[str, str], ...]
+"""Facts of a sentence in order: kind (labels, numbers, relations) and word."""
 Rewriter = Callable[[str], str]
 """Caption in, caption out; :meth:`Endpoint.chat` behind :data:`INSTRUCTION` is one."""
 
 
 def lost_fact(caption: str, rewritten: str, labels: Iterable[str]) -> str | None:
-    """What a rewritten caption changed, in a few words; ``None`` when all facts survive.
+    """What a rewritten caption changed, in a word; ``None`` when all facts survive.
 
     Args:
         caption: The text made of facts.
         rewritten: The text to check.
         labels: Labels of the scene; naming one that the caption does not name is a change too.
     """
-    before, after = caption.lower(), rewritten.lower()
-    if _numbers(before) != _numbers(after):
-        return "numbers"
-    named = _labels(labels)
-    if _named(before, named) != _named(after, named):
-        return "labels"
-    if Counter(_RELATION.findall(before)) != Counter(_RELATION.findall(after)):
-        return "relations"
-    return None
+    pattern = _pattern(labels)
+    before, after = _sentences(caption, pattern), _sentences(rewritten, pattern)
+    for kind in ("numbers", "labels", "relations"):
+        if _of_kind(before, kind) != _of_kind(after, kind):
+            return kind
+    return None if Counter(before) == Counter(after) else "order"
 
 
-def _numbers(text: str) -> Counter[str]:
-    """Numbers as digits; the ordinal of a view ("view 3") counts like any other."""
-    found = _NUMBER.findall(text)
-    return Counter(str(_WORDS.index(word) + 2) if word in _WORDS else word for word in found)
+def _pattern(labels: Iterable[str]) -> tuple[re.Pattern[str], dict[str, str]]:
+    """What finds facts in a text, and the label of every singular and plural form.
 
-
-def _labels(labels: Iterable[str]) -> dict[str, str]:
-    """Singular and plural forms to the label, longest first, so that "coffee table" is not a table."""
+    Long forms come first, so that "coffee table" is not a table.
+    """
     forms = {form: label for label in set(labels) for form in (plural(label), label)}
-    return {form: forms[form] for form in sorted(forms, key=lambda f: (-len(f), f))}
+    longest = sorted(forms, key=lambda form: (-len(form), form))
+    names = "|".join(map(re.escape, longest)) or "(?!)"
+    return re.compile(
+        rf"\b(?P<labels>{names})\b|(?P<numbers>{_NUMBER})|(?P<relations>{_RELATION})"
+    ), forms
 
 
-def _named(text: str, forms: Mapping[str, str]) -> set[str]:
-    named = set()
-    for form, label in forms.items():
-        text, count = re.subn(rf"\b{re.escape(form)}\b", " ", text)
-        if count:
-            named.add(label)
-    return named
+def _sentences(text: str, pattern: tuple[re.Pattern[str], dict[str, str]]) -> list[Sentence]:
+    """Facts of every sentence in the order they are said; sentences without any are left out."""
+    find, forms = pattern
+    found = []
+    for sentence in re.split(r"[.!?;](?=\s|$)", text.lower()):
+        facts = []
+        for match in find.finditer(sentence):
+            kind, word = str(match.lastgroup), match[0]
+            if word in _WORDS and kind == "numbers":
+                word = str(_WORDS.index(word) + 2)
+            facts.append((kind, forms[word] if kind == "labels" else word))
+        if facts:
+            found.append(tuple(facts))
+    return found
+
+
+def _of_kind(sentences: Iterable[Sentence], kind: str) -> Counter[str]:
+    return Counter(word for sentence in sentences for k, word in sentence if k == kind)
 
 
 def restored(
@@ -105,7 +119,7 @@ def rewrite_rows(folder: Path, scenes: Path, out: Path, rewrite: Rewriter) -> di
         rewrite: Asks the model.
 
     Returns:
-        Captions rewritten, and kept by reason.
+        Captions rewritten, and kept by reason, over all runs into ``out``.
 
     Raises:
         SynthesisError: ``folder`` has no rows.
@@ -126,19 +140,18 @@ def rewrite_rows(folder: Path, scenes: Path, out: Path, rewrite: Rewriter) -> di
             known[scene_id] = sorted({o.label for o in objects} - STRUCTURAL_LABELS)
         return known[scene_id]
 
-    counts: Counter[str] = Counter()
+    record = out / "rewrite.json"
+    counts = Counter(json.loads(record.read_bytes()) if record.is_file() else {})
     for path in files:
         if (out / path.name).is_file():
-            counts["files done before"] += 1
             continue
         change = partial(_rewritten, rewrite=rewrite, labels=labels, counts=counts)
         _copy(path, out / path.name, change)
+        write_atomic(record, json.dumps(dict(sorted(counts.items())), indent=1).encode())
     plan = folder / "plan.json"
     if plan.is_file():
         write_atomic(out / "plan.json", plan.read_bytes())
-    found = dict(sorted(counts.items()))
-    write_atomic(out / "rewrite.json", json.dumps(found, indent=1).encode())
-    return found
+    return dict(sorted(counts.items()))
 
 
 def _rewritten(
