@@ -453,66 +453,15 @@ def build_session(
         ConfigError: The warm-up does not fit the number of steps, or a tracker is not installed.
     """
     processes = run.processes
-    if not state.total_steps or config.run.resume_allow:
-        state.total_steps = total_steps(config, loader)
-    schedule = build_schedule(config, state.total_steps)
-    if schedule.warmup_steps >= schedule.total_steps:
-        run.say(
-            f"warning: the warm-up takes all {schedule.total_steps} steps; the peak rate is reached in the last one"
-        )
-    processes.on_main(lambda: run.store.require_space(engine.groups))
+    schedule = _planned_schedule(config, run, state, loader, engine)
+    trackers, progress = None, None
     if processes.is_main:
-        assert run.memory is not None
-        write_plan(
-            run.path / "plan.json",
-            config,
-            schedule,
-            strategy=engine.strategy,
-            world_size=processes.size,
-            positions=loader.mixture.length,
-            trainable=sum(group.numel for group in engine.groups),
-            memory=run.memory,
-        )
-    sources = config.data.sources
-    sums = LossSums(
-        tuple(source.name for source in sources),
-        tuple(source.family for source in sources),
-        tuple(loader.lengths.encoder.capabilities or ()),
-        processes.device,
-    )
-    trackers = _trackers(config, run, state) if processes.is_main else None
-    progress = (
-        Progress(schedule.total_steps, state.step, config.log.progress)
-        if processes.is_main
-        else None
-    )
-
-    def after_save(now: TrainState, path: Path) -> None:
-        run.folder.record(state="running", step=now.step, checkpoint=path.name)
-        if config.log.report:
-            update_report(run.path, config)
-
-    save = Saver(
-        run.store,
-        lambda now: run.snapshot(now, guard),
-        every=config.checkpoint.every,
-        every_s=config.checkpoint.every_s,
-        on_error=config.checkpoint.on_error,
-        after=after_save,
-        export_every=config.checkpoint.export_every,
-        export=lambda engine, checkpoint, target: export(config, run, engine, checkpoint, target),
-    )
-    if run.checkpoint is not None:
-        save.last_step = state.step
+        trackers = _trackers(config, run, state)
+        progress = Progress(schedule.total_steps, state.step, config.log.progress)
+    save = _saver(config, run, state, guard)
     record = Recorder(
         processes,
-        Meter(
-            processes,
-            sums,
-            total_steps=schedule.total_steps,
-            max_tokens=config.packing.max_tokens,
-            peak=peak_flops(processes.device),
-        ),
+        _meter(config, processes, loader, schedule),
         trackers=trackers,
         progress=progress,
         guard=guard,
@@ -549,6 +498,73 @@ def build_session(
         watch=watch,
         trackers=trackers,
         progress=progress,
+    )
+
+
+def _planned_schedule(
+    config: TrainConfig, run: OpenRun, state: TrainState, loader: StepLoader, engine: Engine
+) -> Schedule:
+    """Number of steps and learning rate; writes ``plan.json`` when the disk has room for the checkpoints."""
+    if not state.total_steps or config.run.resume_allow:
+        state.total_steps = total_steps(config, loader)
+    schedule = build_schedule(config, state.total_steps)
+    if schedule.warmup_steps >= schedule.total_steps:
+        run.say(
+            f"warning: the warm-up takes all {schedule.total_steps} steps; the peak rate is reached in the last one"
+        )
+    run.processes.on_main(lambda: run.store.require_space(engine.groups))
+    if run.processes.is_main:
+        assert run.memory is not None
+        write_plan(
+            run.path / "plan.json",
+            config,
+            schedule,
+            strategy=engine.strategy,
+            world_size=run.processes.size,
+            positions=loader.mixture.length,
+            trainable=sum(group.numel for group in engine.groups),
+            memory=run.memory,
+        )
+    return schedule
+
+
+def _saver(config: TrainConfig, run: OpenRun, state: TrainState, guard: Guard) -> Saver:
+    def after_save(now: TrainState, path: Path) -> None:
+        run.folder.record(state="running", step=now.step, checkpoint=path.name)
+        if config.log.report:
+            update_report(run.path, config)
+
+    save = Saver(
+        run.store,
+        lambda now: run.snapshot(now, guard),
+        every=config.checkpoint.every,
+        every_s=config.checkpoint.every_s,
+        on_error=config.checkpoint.on_error,
+        after=after_save,
+        export_every=config.checkpoint.export_every,
+        export=lambda engine, checkpoint, target: export(config, run, engine, checkpoint, target),
+    )
+    if run.checkpoint is not None:
+        save.last_step = state.step
+    return save
+
+
+def _meter(
+    config: TrainConfig, processes: Processes, loader: StepLoader, schedule: Schedule
+) -> Meter:
+    sources = config.data.sources
+    sums = LossSums(
+        tuple(source.name for source in sources),
+        tuple(source.family for source in sources),
+        tuple(loader.lengths.encoder.capabilities or ()),
+        processes.device,
+    )
+    return Meter(
+        processes,
+        sums,
+        total_steps=schedule.total_steps,
+        max_tokens=config.packing.max_tokens,
+        peak=peak_flops(processes.device),
     )
 
 
