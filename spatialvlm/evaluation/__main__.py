@@ -37,8 +37,8 @@ def _score(args: argparse.Namespace) -> None:
     if args.format == "lmms":
         # Its numbers count all rows of the file, also those that --ids or a sub-set leave out.
         every = load_items(replace(spec, select=None), args.data).items
-        kept = {item.key for item in benchmark.items}
-        predictions = {k: p for k, p in by_row_number(every, predictions).items() if k in kept}
+        chosen = {item.key for item in benchmark.items}
+        predictions = {k: p for k, p in by_row_number(every, predictions).items() if k in chosen}
         warnings.append(
             f"lmms-eval's sample log holds row numbers only: {args.data} must have the rows of its split in their order"
         )

@@ -286,7 +286,9 @@ def test_rows_without_a_score_are_not_asked(tmp_path, capsys):
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     ids.write_text("2 3")
     command = ["score", "--bench", "spatialvlm_rows", "--data", str(data), "--pred", str(log)]
-    assert main([*command, "--format", "lmms", "--ids", str(ids), "--out", str(tmp_path / "o")]) == 0
+    assert (
+        main([*command, "--format", "lmms", "--ids", str(ids), "--out", str(tmp_path / "o")]) == 0
+    )
     with (tmp_path / "o" / "per_item.csv").open() as file:
         assert {r["id"]: float(r["score"]) for r in csv.DictReader(file)} == {"2": 1.0, "3": 0.0}
     capsys.readouterr()
@@ -294,7 +296,9 @@ def test_rows_without_a_score_are_not_asked(tmp_path, capsys):
 
 def test_answers_by_row_number():
     items = [Item(name, "text", "x", "t", name) for name in ("a", "b", "c")]
-    found = by_row_number(items, {("2", ""): Prediction("2", "two"), ("0", ""): Prediction("0", "")})
+    found = by_row_number(
+        items, {("2", ""): Prediction("2", "two"), ("0", ""): Prediction("0", "")}
+    )
     assert {key: answer.text for key, answer in found.items()} == {("c", ""): "two", ("a", ""): ""}
     for bad in ("3", "-1", "b"):
         with pytest.raises(DataError, match=f"answers row {bad}, the benchmark file has 3 items"):

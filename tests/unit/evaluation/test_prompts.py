@@ -133,7 +133,11 @@ def test_exact_text(name, row, protocols, text):
 def test_pictures_of_mmmu_follow_their_numbers():
     """Markers in the question and in the options, one of them twice; picture 4 is named nowhere."""
     spec = find_spec("mmmu")
-    row = {**MMMU, "question": "<image 3> beside <image 1>", "options": "['<image 2>', '<image 3>']"}
+    row = {
+        **MMMU,
+        "question": "<image 3> beside <image 1>",
+        "options": "['<image 2>', '<image 3>']",
+    }
     row |= {f"image_{n}": f"{n}.png" for n in range(1, 5)}
     (message,) = build_messages(spec.parse(row, row["id"]), spec, media="real")
     parts = [part.get("image", part.get("text")) for part in message["content"]]
