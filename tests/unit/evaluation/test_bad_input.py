@@ -91,3 +91,11 @@ def test_unreadable_answers_are_counted(run, text):
     assert code == 0
     assert "unparsed 100.0 %" in out
     assert (result["headline"]["value"], result["unparsed_rate"]) == (0.0, 1.0)
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path, capsys):
+    (tmp_path / "part.parquet").write_bytes(b"PAR1 cut off")
+    for data in (tmp_path / "part.parquet", tmp_path):
+        command = ["score", "--bench", "mmmu", "--data", str(data), "--pred", "none"]
+        assert main(command) == 1
+        assert "part.parquet is not a readable parquet file" in capsys.readouterr().err
