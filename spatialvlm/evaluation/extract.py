@@ -176,26 +176,6 @@ def space10_set(text: str, options: Options) -> str | None:  # noqa: ARG001
     return "".join(sorted(set(re.findall(r"([A-F])\.", text)))) or None
 
 
-_AROUND = (
-    ("", ""), ("", "."), ("", ","), ("", ":"), ("", ")"), ("", ")."), ("(", ")"), ("(", ")."), (":", ""),
-    (":", ","), (":", "."), (":", ")"), (":", ")."),
-)  # fmt: skip
-
-
-def space10_infer(text: str, options: Options) -> str | None:  # noqa: ARG001
-    """SpaCE-10's reading of free text: the only letter A-F that is a word, alone or in one kind of punctuation.
-
-    A bare "A" among more than three words is taken for the article.
-    """
-    words = text.split()
-    for before, after in _AROUND:
-        letters = [x for x in "ABCDEF" if before + x + after in words]
-        article = not (before or after) and "A" in words and len(words) > 3
-        if len(letters) == 1 and not article:
-            return letters[0]
-    return None
-
-
 # ---------------------------------------------------------------------------------------- choices, long rules
 
 _SUBJECTS = (
