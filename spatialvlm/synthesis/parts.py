@@ -149,15 +149,15 @@ class RowWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         """Move the file into place, or remove it after an exception."""
-        if kind is not None:
+        try:
+            if kind is None and (self._waiting or not self.rows):
+                self._write(self._waiting)
             self._file.close()
-            self._temporary.unlink()
-            return
-        if self._waiting or not self.rows:
-            self._write(self._waiting)
-        self._file.close()
-        _sync(self._temporary)
-        self._temporary.replace(self._target)
+            if kind is None:
+                _sync(self._temporary)
+                self._temporary.replace(self._target)
+        finally:  # a full disk also fails while the footer is written
+            self._temporary.unlink(missing_ok=True)
 
 
 def write_rows(target: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -1,5 +1,6 @@
 """What happens to a run when it is killed, asked to stop, or meets a scene that fails, hangs or crashes."""
 
+import errno
 import json
 import os
 import signal
@@ -175,3 +176,16 @@ def test_a_writer_holds_one_row_group_and_leaves_nothing_behind_after_an_error(e
     with pytest.raises(KeyboardInterrupt):
         stopped()
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([first.name, "pieces.parquet", "whole.parquet"])  # fmt: skip
+
+
+@pytest.mark.parametrize("fails", ["ParquetWriter.write_table", "ParquetWriter.close"])
+def test_a_full_disk_leaves_nothing_behind(fails, monkeypatch, tmp_path):
+    def full(writer, *_):
+        if writer.is_open:  # pyarrow closes again when it drops the object
+            writer.is_open = False
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"pyarrow.parquet.{fails}", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_rows(tmp_path / "rows.parquet", [])
+    assert list(tmp_path.iterdir()) == []
