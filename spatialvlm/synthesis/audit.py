@@ -265,7 +265,7 @@ def prune(
 ) -> list[str]:
     """Ids of rows to remove until no probe is above its limit.
 
-    Per round and leaking task, the ``share`` of rows that a probe trained on all rows predicts best go;
+    Per round and leaking task, the ``share`` of rows that a probe trained on the audit's sample of them predicts best go;
     for numbers those with the smallest relative error.
 
     Args:
@@ -290,9 +290,10 @@ def prune(
             result.probe, result.constant = probe(sample)
             if not _leaks(result):
                 break
-            gone = most_predictable(cases, share)
+            gone = most_predictable(cases, share, sample)
             removed += gone
-            cases = [case for case in cases if case.id not in set(gone)]
+            out = set(gone)
+            cases = [case for case in cases if case.id not in out]
     return removed
 
 

@@ -167,7 +167,7 @@ def _probe_classes(matrix: Array, labels: Array, folds: Array, count: int) -> fl
         guess = (matrix[test] @ _ridge(matrix[train], onehot)).argmax(axis=1)
         right += int((guess == labels[test]).sum())
         total += int(test.sum())
-    return right / total
+    return right / total if total else 0.0
 
 
 def _probe_numbers(matrix: Array, values: Array, folds: Array) -> tuple[float, float]:
@@ -188,21 +188,32 @@ def _mra(guess: Array, truth: Array) -> float:
     return float((error[:, None] <= 1 - MRA_THRESHOLDS[None] + 1e-9).mean())
 
 
-def most_predictable(cases: Sequence[Case], share: float) -> list[str]:
-    """Ids of the rows that the probe gets most surely right."""
-    matrix = _matrix(cases)
-    numbers = [case.number for case in cases]
-    if None not in numbers:
-        logs = np.log(np.maximum(np.abs(np.array(numbers, dtype=float)), 1e-3))
-        mean = logs.mean()
-        own = -np.abs(matrix @ _ridge(matrix, logs - mean) + mean - logs)
-    else:
-        targets = [case.target for case in cases]
-        classes = [word for word, _ in Counter(targets).most_common(MAX_CLASSES)]
-        index = {word: i for i, word in enumerate(classes)}
-        labels = np.array([index.get(word, -1) for word in targets])
-        onehot = np.where(labels[:, None] == np.arange(len(classes)), 1.0, 0.0)
-        score = matrix @ _ridge(matrix, onehot)
-        own = np.where(labels >= 0, score[np.arange(len(cases)), labels], -np.inf)
-    order = np.argsort(-own, kind="stable")[: max(1, int(share * len(cases)))]
+def most_predictable(cases: Sequence[Case], share: float, sample: Sequence[Case]) -> list[str]:
+    """Ids of the rows that a probe trained on ``sample`` gets most surely right; memory is that of the sample."""
+    numeric = all(case.number is not None for case in cases)
+    common = Counter(case.target for case in sample).most_common(MAX_CLASSES)
+    index = {word: i for i, (word, _) in enumerate(common)}
+
+    def truth(some: Sequence[Case]) -> Array:
+        """Logarithms of the numbers, or class numbers."""
+        if numeric:
+            values = np.array([case.number for case in some], dtype=float)
+            return np.asarray(np.log(np.maximum(np.abs(values), 1e-3)))
+        return np.array([index.get(case.target, -1) for case in some])
+
+    known = truth(sample)
+    mean = known.mean() if numeric else 0.0
+    targets = known - mean if numeric else (known[:, None] == np.arange(len(index))) * 1.0
+    weights = _ridge(_matrix(sample), targets)
+
+    def sureness(some: Sequence[Case]) -> Array:
+        guess, own = _matrix(some) @ weights, truth(some)
+        if numeric:
+            return np.asarray(-np.abs(guess + mean - own))
+        return np.where(own >= 0, guess[np.arange(len(some)), own], -np.inf)
+
+    sure = np.concatenate(
+        [sureness(cases[i : i + len(sample)]) for i in range(0, len(cases), len(sample))]
+    )
+    order = np.argsort(-sure, kind="stable")[: max(1, int(share * len(cases)))]
     return [cases[i].id for i in order.tolist()]

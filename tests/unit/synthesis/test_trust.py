@@ -20,7 +20,7 @@ from spatialvlm.synthesis.engine import synthesize
 from spatialvlm.synthesis.export import export_rows
 from spatialvlm.synthesis.parts import write_rows
 from spatialvlm.synthesis.plan import make_plan
-from spatialvlm.synthesis.probe import best_constant, case_of
+from spatialvlm.synthesis.probe import _matrix, _probe_classes, best_constant, case_of
 from spatialvlm.synthesis.rows import SCHEMA
 from spatialvlm.synthesis.verify import verify
 from spatialvlm.synthesis.wording import Wording
@@ -243,6 +243,26 @@ def test_pruning_removes_leaking_rows_only_when_there_is_a_leak():
     left = audit([row for row in rows if row["id"] not in removed]).tasks["left_right"]
     assert left.probe - left.constant < 0.2
     assert prune([leaky(i, False) for i in range(400)]) == []
+
+
+def test_a_long_task_is_pruned_with_a_probe_of_a_sample(monkeypatch):
+    monkeypatch.setattr("spatialvlm.synthesis.audit.MAX_PROBE_ROWS", 150)
+    seen = []
+    monkeypatch.setattr(
+        "spatialvlm.synthesis.probe._matrix",
+        lambda cases: seen.append(len(cases)) or _matrix(cases),
+    )
+    rows = [leaky(i, i % 2 == 0) for i in range(400)]
+    removed = set(prune(rows, share=0.2, rounds=1))
+    given_away = {row["id"] for row in rows if ("large" in row["messages"][0]["content"]) == (row["answer_text"] == "Yes")}  # fmt: skip
+    assert len(removed) == 80
+    assert removed < given_away  # also those outside the sample
+    assert max(seen) == 150
+
+
+def test_a_probe_of_rooms_in_one_fold_has_nothing_to_test_on():
+    labels, folds = np.zeros(70, dtype=int), np.full(70, 3)
+    assert _probe_classes(np.ones((70, 2)), labels, folds, 1) == 0.0
 
 
 def test_pruning_removes_numbers_that_the_text_gives_away():
