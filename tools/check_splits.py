@@ -1,8 +1,8 @@
-"""Show that rendered splits share no room, no layout grammar, no texture and no furniture size.
+"""Show that rendered splits share no room, no layout grammar and no furniture size.
 
     python tools/check_splits.py data/rooms/train data/rooms/val data/rooms/test
 
-Exit code 1 when something is shared; each line says what.
+Exit code 1 when something is shared, each line says what; 2 when there are not two splits to compare.
 """
 
 import argparse
@@ -26,6 +26,13 @@ def main(argv: list[str] | None = None) -> int:
         facts, shared = split_report(chain.from_iterable(map(iter_scenes, arguments.folders)))
     except SpatialVLMError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    if len(facts) < 2:
+        print(
+            f"SceneError: found rooms of {len(facts)} splits ({', '.join(facts) or 'none'}); comparing needs two. "
+            "Name folders written by tools/render_rooms.py.",
+            file=sys.stderr,
+        )
         return 2
     for split, own in sorted(facts.items()):
         print(

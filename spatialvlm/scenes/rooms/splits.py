@@ -3,8 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import get_args
 
-from spatialvlm.scenes.rooms.appearance import TEXTURE_SEEDS
+from spatialvlm.errors import SceneError
+from spatialvlm.scenes.rooms.appearance import Split
 from spatialvlm.scenes.rooms.archetypes import ARCHETYPES, HELD_OUT_SHARE
 from spatialvlm.scenes.schema import Scene
 
@@ -26,11 +28,18 @@ def split_report(scenes: Iterable[Scene]) -> tuple[dict[str, SplitFacts], list[s
 
     Args:
         scenes: Procedural rooms of all splits; scenes of other sources are left out.
+
+    Raises:
+        SceneError: A room of an unknown split.
     """
     facts: dict[str, SplitFacts] = {}
     for scene in scenes:
         if scene.source != "rooms":
             continue
+        if scene.split not in get_args(Split):
+            raise SceneError(
+                f"{scene.scene_id}: split {scene.split!r} is not one of {', '.join(get_args(Split))}."
+            )
         own = facts.setdefault(scene.split, SplitFacts())
         own.scenes += 1
         own.rooms.add(scene.room_id)
@@ -48,7 +57,6 @@ def split_report(scenes: Iterable[Scene]) -> tuple[dict[str, SplitFacts], list[s
         for what, common in (
             ("room", facts[a].rooms & facts[b].rooms),
             ("grammar", facts[a].grammars & facts[b].grammars),
-            ("texture seed", set(TEXTURE_SEEDS[a]) & set(TEXTURE_SEEDS[b])),
         ):
             shared += [f"{a} and {b} share {what} {name}" for name in sorted(map(str, common))]
     for split, own in facts.items():

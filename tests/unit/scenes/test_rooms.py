@@ -1,13 +1,15 @@
 """Procedural rooms: furniture matches its boxes, layouts are valid, splits are disjoint."""
 
+import importlib.util
 import json
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from spatialvlm.errors import RoomGenerationError
+from spatialvlm.errors import RoomGenerationError, SceneError
 from spatialvlm.scenes.boxes import yaw_period_rad
 from spatialvlm.scenes.io import load_depth, load_instances, load_rgb, load_scene
 from spatialvlm.scenes.rooms.appearance import COLORS, TEXTURE_SEEDS, lab, rng_for
@@ -103,6 +105,23 @@ def test_split_report():
     assert any("share room rooms/train-0000000" in line for line in shared)
     assert any("share grammar" in line for line in shared)
     assert any("val has sizes of the training range" in line for line in shared)
+    with pytest.raises(SceneError, match=r"rooms/train-0000000: split 'dev' is not one of train"):
+        split_report([replace(scenes[0], split="dev")])
+
+
+def test_one_split_is_not_disjoint(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location(
+        "check_splits", Path(__file__).parents[3] / "tools" / "check_splits.py"
+    )
+    command = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(command)
+    config = RenderConfig(num_frames=1, width=32, height=32)
+    assert command.main([str(tmp_path)]) == 2
+    write_room(RoomSpec(0, "train"), tmp_path, config)
+    assert command.main([str(tmp_path)]) == 2
+    assert "found rooms of 1 splits (train)" in capsys.readouterr().err
+    write_room(RoomSpec(0, "val"), tmp_path, config)
+    assert command.main([str(tmp_path)]) == 0
 
 
 @pytest.fixture(
