@@ -90,9 +90,7 @@ def read_hdf5(path: Path) -> Array:
     try:
         import h5py
     except ImportError as error:
-        raise BackendUnavailableError(
-            "Hypersim needs h5py: pip install -e '.[scenes]'"
-        ) from error
+        raise BackendUnavailableError("Hypersim needs h5py: pip install -e '.[scenes]'") from error
     try:
         with h5py.File(path, "r") as file:
             values: Array = np.asarray(file["dataset"])

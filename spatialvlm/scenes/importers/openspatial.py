@@ -33,14 +33,22 @@ REQUIRED = ("image", "pose", "intrinsic", "obj_tags", "bboxes_3d_world_coords", 
 
 
 def list_scenes(root: Path) -> list[str]:
-    """``<file>::<row>`` of every row of the parquet files in ``root``."""
+    """``<file>::<row>`` of every row of the parquet files in ``root``.
+
+    Raises:
+        ImporterError: A file is damaged.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    return [
-        f"{path.name}::{row}"
-        for path in sorted(root.glob("*.parquet"))
-        for row in range(pq.ParquetFile(path).metadata.num_rows)
-    ]
+    names = []
+    for path in sorted(root.glob("*.parquet")):
+        try:
+            count = pq.read_metadata(path).num_rows
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ImporterError(f"{path}: not a readable parquet file: {error}.") from error
+        names += [f"{path.name}::{row}" for row in range(count)]
+    return names
 
 
 def read_scene(root: Path, name: str, options: ImportOptions, report: ImportReport) -> Scene:

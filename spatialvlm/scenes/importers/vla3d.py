@@ -99,15 +99,19 @@ def read_scene(root: Path, name: str, options: ImportOptions, report: ImportRepo
         extra={"statements": _statements(folder / f"{native}_referential_statements.json", report)},
         root=folder,
     )
-    frames = [] if options.rgb_root is None else _borrowed(scene, options.rgb_root, options)
+    frames = [] if options.rgb_root is None else _borrowed(scene, options.rgb_root, options, report)
     if not frames:
         report.count("no_frames")
         return scene
     return measure_visibility(replace(scene, frames=frames), report, occupancy=options.occupancy)
 
 
-def _borrowed(scene: Scene, rgb_root: Path, options: ImportOptions) -> list[Frame]:
+def _borrowed(
+    scene: Scene, rgb_root: Path, options: ImportOptions, report: ImportReport
+) -> list[Frame]:
     """Frames of the imported scenes of the same scan, in the world of VLA-3D's boxes.
+
+    Without a label in common nothing tells whether the worlds agree; the report counts ``world_unchecked``.
 
     Raises:
         ImporterError: Objects of equal labels lie far apart: not the same world.
@@ -135,6 +139,8 @@ def _borrowed(scene: Scene, rgb_root: Path, options: ImportOptions) -> list[Fram
             )
             for frame in lender.frames
         ]
+    if frames and not gaps:
+        report.count("world_unchecked")
     if gaps and float(np.median(gaps)) > SAME_OBJECT_M:
         raise ImporterError(
             f"{scene.scene_id}: its objects lie {np.median(gaps):.2f} m (median) from those with the same "

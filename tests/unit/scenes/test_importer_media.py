@@ -4,6 +4,7 @@ import csv
 import json
 import pickle
 import shutil
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -296,6 +297,12 @@ def test_vla3d_borrows_the_frames_of_an_import(tmp_path):
     vla_scene(tmp_path / "far", "ScanNet", "scene9000_01", far)
     with pytest.raises(ImporterError, match=r"3\.00 m \(median\)"):
         list(vla3d.iter_scenes(tmp_path / "far", options, ImportReport()))
+    # Without a common label nothing can be compared: the report says so.
+    renamed = [replace(item, label="kiosk") for item in lender.objects]
+    save_scene(rebase(replace(lender, objects=renamed), folder), folder)
+    report = ImportReport()
+    list(vla3d.iter_scenes(tmp_path / "far", options, report))
+    assert report.counters["world_unchecked"] == 1
     report = ImportReport()
     options = ImportOptions(rgb_root=tmp_path / "raw")
     (scene,) = vla3d.iter_scenes(tmp_path / "vla", options, report)
@@ -329,6 +336,8 @@ def test_openspatial_tables(tmp_path):
     openspatial._rows.cache_clear()
     with pytest.raises(ImporterError, match=r"rows\.parquet: not a readable parquet"):
         openspatial.read_scene(tmp_path, "rows.parquet::0", ImportOptions(), ImportReport())
+    with pytest.raises(ImporterError, match=r"rows\.parquet: not a readable parquet"):
+        openspatial.list_scenes(tmp_path)
 
 
 def test_real_vla3d_boxes_with_frames(real_dir, tmp_path):
