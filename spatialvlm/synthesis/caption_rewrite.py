@@ -3,7 +3,8 @@
 Nothing is contacted unless a user names an endpoint. A rewritten caption must have the same sentences in any
 order: each names the same labels, relations and numbers in the same order as a sentence of the caption made of
 facts, so swapping two objects is refused. The words between them are free and not checked. Otherwise the
-caption made of facts stays. Rows that changed are tagged, and ``verify_qa.py`` checks them by the same rule against the caption it derives again.
+caption made of facts stays. Rows that changed are tagged, and ``verify_qa.py`` checks them by the same rule
+against the caption it derives again.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ INSTRUCTION = (
 )
 _WORDS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBER = r"\d+(?:\.\d+)?|\b(?:" + "|".join(_WORDS) + r")\b"
-_RELATION = r"\b(?:(?:left|right|front)(?: of)?|behind|above|below|not|no|never|without)\b|n't\b"
+_RELATION = r"\b(?:(?:left|right|front)(?: of)?|behind|above|below|not|no|never|without)\b|n['\u2019]t\b"
 """With "of" or without: "to the left of the sofa" and "to the sofa's left" say opposite things. A denial counts."""
 Sentence = tuple[tuple[str, str], ...]
 """Facts of a sentence in order: kind (labels, numbers, relations) and word."""

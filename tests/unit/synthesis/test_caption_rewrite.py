@@ -36,6 +36,7 @@ LABELS = ["chair", "lamp", "desk", "sofa", "table", "coffee table", "plant"]
         (CAPTION.replace("lamp", "x").replace("sofa", "lamp").replace("x", "sofa"), "order"),
         (CAPTION.replace("to the left of the table", "from the table's left"), "relations"),
         (CAPTION.replace("is 1.85", "is not 1.85"), "relations"),
+        (CAPTION.replace("is 1.85", "isn\u2019t 1.85"), "relations"),
         (CAPTION.replace("1.85", "1.9"), "numbers"),
         (CAPTION.replace("two", "three"), "numbers"),
         (CAPTION + " The room has 4 walls.", "numbers"),
