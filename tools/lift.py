@@ -18,7 +18,9 @@ phrase per object with ``--captions``. The result is read by ``tools/synthesize.
 """
 
 import argparse
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +38,19 @@ from spatialvlm.scenes.lifting.store import write_lifted
 from spatialvlm.scenes.lifting.world import FloorGravity
 
 PICTURES = (".jpg", ".jpeg", ".png")
-MAX_FRAMES = 600
-"""Frames held in memory at once; keyframes are chosen among them."""
+MAX_BYTES = 2 * 2**30
+"""Pixels held in memory at once, twice while they are stacked; keyframes are chosen among these frames."""
+NEURAL = (
+    "depth",
+    "depth_pro",
+    "detector",
+    "segmenter",
+    "poses",
+    "camera",
+    "hfov",
+    "labels",
+    "endpoint",
+)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -51,7 +64,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--image", type=Path, help="a single picture")
     parser.add_argument("--name", required=True, help="the scene becomes lifted/NAME")
     parser.add_argument("--out", type=Path, required=True, help="folder of scenes")
-    parser.add_argument("--fps", type=float, default=2.0, help="frames per second of the video")
+    parser.add_argument("--fps", type=positive, default=2.0, help="frames per second of the video")
     parser.add_argument("--keyframes", type=int, default=32)
     parser.add_argument("--precomputed", type=Path, help="folder with one .npz per frame")
     parser.add_argument("--depth", help="Depth Anything V2 checkpoint")
@@ -60,7 +73,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--detector", help="Grounding DINO checkpoint")
     parser.add_argument("--segmenter", help="SAM 2 checkpoint")
     parser.add_argument("--poses", type=Path, help=".npz with world_from_cam, intrinsics, metric")
-    parser.add_argument("--camera", help="fx,fy,cx,cy of a single image, pixels")
+    parser.add_argument("--camera", type=lens, help="fx,fy,cx,cy of a single image, pixels")
     parser.add_argument("--hfov", type=float, help="assumed field of view of a single image")
     parser.add_argument("--labels", help="what to look for, separated by commas")
     parser.add_argument("--endpoint", help="OpenAI-compatible server that names what is there")
@@ -69,7 +82,51 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--features", type=Path, help="keep what the models computed here")
     parser.add_argument("--workers", type=int, default=0, help="processes for the geometry")
     parser.add_argument("--device", default="cpu")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    for problem in without_effect(arguments):
+        parser.error(problem)
+    return arguments
+
+
+def positive(text: str) -> float:
+    """A finite number above zero."""
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"needs a number above 0, got {text!r}")
+    return value
+
+
+def lens(text: str) -> KnownCamera:
+    """``fx,fy,cx,cy`` in pixels."""
+    try:
+        fx, fy, cx, cy = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"needs fx,fy,cx,cy in pixels, got {text!r}") from None
+    if not (min(fx, fy) > 0 and all(map(math.isfinite, (fx, fy, cx, cy)))):
+        raise argparse.ArgumentTypeError(f"needs finite numbers, fx and fy above 0, got {text!r}")
+    return KnownCamera(fx, fy, cx, cy)
+
+
+def without_effect(arguments: argparse.Namespace) -> list[str]:
+    """Options that the others make useless."""
+    given = {name for name, value in vars(arguments).items() if value not in (None, False)}
+    rules = [
+        ("captions", "endpoint" not in given, "needs --endpoint, which writes the phrases"),
+        ("depth", "depth_pro" in given, "has no effect beside --depth-pro"),
+        ("relative_depth", "depth" not in given, "says what --depth is; name its checkpoint"),
+        ("camera", "image" not in given, "is for --image; the lens of a video comes with --poses"),
+        ("hfov", "image" not in given, "is for --image; the lens of a video comes with --poses"),
+        ("hfov", "camera" in given, "has no effect beside --camera"),
+        ("poses", "image" in given, "is for videos; a single image has no path"),
+    ]
+    rules += [
+        (name, "precomputed" in given, "has no effect beside --precomputed") for name in NEURAL
+    ]
+    return [
+        f"--{name.replace('_', '-')} {why}"
+        for name, applies, why in rules
+        if name in given and applies
+    ]
 
 
 def read_frames(arguments: argparse.Namespace) -> tuple[np.ndarray, list[float]]:
@@ -82,20 +139,21 @@ def read_frames(arguments: argparse.Namespace) -> tuple[np.ndarray, list[float]]
         paths = sorted(p for p in arguments.frames_dir.glob("*") if p.suffix.lower() in PICTURES)
     if not paths:
         raise ImporterError(f"{arguments.frames_dir}: no jpg or png file.")
-    images = []
+    images: list[np.ndarray] = []
     for path in paths:
         try:
             with Image.open(path) as image:
                 images.append(np.asarray(image.convert("RGB")))
         except OSError as error:
             raise ImporterError(f"{path}: not a readable picture: {error}.") from error
+        check_memory(images, f"{arguments.frames_dir}", "Keep fewer or smaller pictures.")
     if len({image.shape for image in images}) > 1:
         raise ImporterError(f"{arguments.frames_dir}: the pictures differ in size.")
     return np.stack(images), [index / arguments.fps for index in range(len(images))]
 
 
 def decode_video(path: Path, fps: float) -> tuple[np.ndarray, list[float]]:
-    """Frames of a video at about ``fps`` and their times.
+    """Frames of a video at about ``fps``, and their times in seconds after the first frame.
 
     Raises:
         ImporterError: Not a video.
@@ -105,22 +163,37 @@ def decode_video(path: Path, fps: float) -> tuple[np.ndarray, list[float]]:
 
     images: list[np.ndarray] = []
     times: list[float] = []
+    start: float | None = None
     try:
         with av.open(str(path)) as container:
             for frame in container.decode(video=0):
-                time = float(frame.time or 0.0)
+                seconds = float(frame.time or 0.0)
+                start = seconds if start is None else start
+                time = seconds - start
                 if not times or time >= len(times) / fps - 1e-6:
                     images.append(frame.to_ndarray(format="rgb24"))
                     times.append(time)
-                if len(images) > MAX_FRAMES:
-                    raise ConfigError(
-                        f"{path}: more than {MAX_FRAMES} frames at --fps {fps:g}. Lower --fps or cut the video."
+                    check_memory(
+                        images, f"{path} at --fps {fps:g}", "Lower --fps or cut the video."
                     )
     except av.FFmpegError as error:
         raise ImporterError(f"{path}: cannot be decoded: {error}.") from error
     if not images:
         raise ImporterError(f"{path}: holds no picture.")
     return np.stack(images), times
+
+
+def check_memory(images: Sequence[np.ndarray], where: str, advice: str) -> None:
+    """Refuse frames that do not fit into memory.
+
+    Raises:
+        ConfigError: More than :data:`MAX_BYTES`.
+    """
+    if images and len(images) * images[0].nbytes > MAX_BYTES:
+        raise ConfigError(
+            f"{where}: {len(images)} frames of {images[0].shape[1]}x{images[0].shape[0]} pixels exceed the limit of "
+            f"{MAX_BYTES / 2**20:g} MiB. {advice}"
+        )
 
 
 def make_backends(
@@ -164,7 +237,7 @@ def make_backends(
             arguments.depth, metric=not arguments.relative_depth, device=device
         )
     if arguments.camera:
-        camera = KnownCamera(*map(float, arguments.camera.split(",")))
+        camera = arguments.camera
     elif arguments.hfov is not None:
         camera = AssumedFov(arguments.hfov)
     endpoint = arguments.endpoint and Endpoint(arguments.endpoint, arguments.endpoint_model)

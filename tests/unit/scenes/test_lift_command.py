@@ -127,9 +127,49 @@ def test_videos_are_sampled_by_time(command, tmp_path, monkeypatch):
     images, times = command.decode_video(tmp_path / "clip.mp4", 2.0)
     assert times == pytest.approx([0.0, 0.5, 1.0, 1.5, 2.0, 2.5])
     assert images[3].mean() == pytest.approx(8 * 15, abs=6)
-    monkeypatch.setattr(command, "MAX_FRAMES", 4)
-    with pytest.raises(ConfigError, match="more than 4 frames at --fps 2"):
+    monkeypatch.setattr(command, "MAX_BYTES", 4 * 48 * 64 * 3)
+    with pytest.raises(ConfigError, match=r"clip\.mp4 at --fps 2: 5 frames of 64x48 pixels"):
         command.decode_video(tmp_path / "clip.mp4", 2.0)
+    for index in range(5):
+        Image.fromarray(images[index]).save(tmp_path / f"{index}.png")
+    arguments = ["--frames-dir", str(tmp_path), "--name", "x", "--out", "x"]
+    with pytest.raises(ConfigError, match="5 frames of 64x48 pixels"):
+        command.read_frames(command.parse_arguments(arguments))
+
+
+def test_times_count_from_the_first_frame(command, tmp_path):
+    """Cut clips keep the clock of the long video."""
+    with av.open(str(tmp_path / "cut.mkv"), "w") as video:
+        stream = video.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for index in range(20):
+            frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
+            frame.pts = 100 + index
+            video.mux(stream.encode(frame))
+        video.mux(stream.encode(None))
+    with av.open(str(tmp_path / "cut.mkv")) as video:
+        assert next(video.decode(video=0)).time == pytest.approx(10.0)
+    assert command.decode_video(tmp_path / "cut.mkv", 2.0)[1] == pytest.approx([0.0, 0.5, 1.0, 1.5])
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ("--frames-dir f --fps 0", "--fps: needs a number above 0, got '0'"),
+        ("--image i --camera 500,500,320", "--camera: needs fx,fy,cx,cy in pixels"),
+        ("--image i --camera 0,500,320,240", "fx and fy above 0"),
+        ("--video v --captions", "--captions needs --endpoint"),
+        ("--video v --depth a --depth-pro b", "--depth has no effect beside --depth-pro"),
+        ("--video v --hfov 60", "--hfov is for --image"),
+        ("--video v --camera 500,500,320,240", "--camera is for --image"),
+        ("--image i --poses p", "--poses is for videos"),
+        ("--video v --precomputed f --labels chair", "--labels has no effect beside --precomputed"),
+    ],
+)
+def test_malformed_and_useless_options_are_refused(command, capsys, options, problem):
+    with pytest.raises(SystemExit, match="2"):
+        command.parse_arguments([*options.split(), "--name", "x", "--out", "x"])
+    assert problem in capsys.readouterr().err
 
 
 def test_real_video_and_real_walk(command, real_dir):
