@@ -38,7 +38,9 @@ INSTRUCTION = (
 )
 _WORDS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBER = r"\d+(?:\.\d+)?|\b(?:" + "|".join(_WORDS) + r")\b"
-_RELATION = r"\b(?:(?:left|right|front)(?: of)?|behind|above|below|not|no|never|without)\b|n['\u2019]t\b"
+_RELATION = (
+    r"\b(?:(?:left|right|front)(?: of)?|behind|above|below|not|no|never|without)\b|n['\u2019]t\b"
+)
 """With "of" or without: "to the left of the sofa" and "to the sofa's left" say opposite things. A denial counts."""
 Sentence = tuple[tuple[str, str], ...]
 """Facts of a sentence in order: kind (labels, numbers, relations) and word."""
