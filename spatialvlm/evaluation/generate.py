@@ -9,7 +9,7 @@ that depends on speed or on the number of processes, so the merged file is the s
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -224,35 +224,22 @@ def answer(
     path = folder / f"predictions.rank{place.rank}.jsonl"
     if path.is_file():
         _repair_tail(path)
-    budget = int(max_failures * len(asks))
     failures: list[str] = []
     answered = 0
     progress = Progress(benchmark.spec.name, len(asks), folder, quiet=quiet or place.rank > 0)
     halvings = MAX_HALVINGS if adapt_batch else 0
     with path.open("a", encoding="utf-8") as file, ThreadPoolExecutor(max(num_workers, 1)) as pool:
         pending = list(batches(groups, batch_size, shared_prefix=shared_prefix))
-        ahead: dict[int, list[Future[Any]]] = {}
-        for number, batch in enumerate(pending):
-            for later in range(number, min(number + 1 + prefetch, len(pending))):
-                if later not in ahead:
-                    ahead[later] = [
-                        pool.submit(generator.prepare, [ask.messages for ask in group])
-                        for group in pending[later]
-                    ]
+        for batch in _decoded_ahead(generator, pending, pool, prefetch):
             ready: list[tuple[list[Ask], Any]] = []
-            for group, future in zip(batch, ahead.pop(number), strict=True):
+            for group, future in batch:
                 prepared, error = _prepared(generator, group, future)
                 if error:
                     failures += [f"{ask.item.id}: {error}" for ask in group]
                     _write(file, [(ask, Completion("", 0, "error"), error) for ask in group])
                 else:
                     ready.append((group, prepared))
-            if len(failures) > budget:
-                raise BudgetError(
-                    f"{len(failures)} of {len(asks)} items of {benchmark.spec.name} cannot be read (allowed: "
-                    f"{budget}, evaluation.max_failures={max_failures}):\n  "
-                    + "\n  ".join(failures[:20])
-                )
+            _check_budget(failures, len(asks), max_failures, benchmark.spec.name)
             completions, halvings = _generate(generator, ready, config, halvings)
             flat = [c for group in completions for c in group]
             _write(
@@ -271,6 +258,33 @@ def answer(
             progress.update(flat, unreadable)
     progress.close()
     return answered
+
+
+def _decoded_ahead(
+    generator: Generator,
+    pending: Sequence[list[list[Ask]]],
+    pool: ThreadPoolExecutor,
+    prefetch: int,
+) -> Iterator[list[tuple[list[Ask], "Future[Any]"]]]:
+    """Batches in order, each group with its decoding; that of ``prefetch`` later batches is under way."""
+    futures: dict[int, list[Future[Any]]] = {}
+    for number, batch in enumerate(pending):
+        for later in range(number, min(number + 1 + prefetch, len(pending))):
+            if later not in futures:
+                futures[later] = [
+                    pool.submit(generator.prepare, [ask.messages for ask in group])
+                    for group in pending[later]
+                ]
+        yield list(zip(batch, futures.pop(number), strict=True))
+
+
+def _check_budget(failures: Sequence[str], total: int, max_failures: float, name: str) -> None:
+    budget = int(max_failures * total)
+    if len(failures) > budget:
+        raise BudgetError(
+            f"{len(failures)} of {total} items of {name} cannot be read (allowed: "
+            f"{budget}, evaluation.max_failures={max_failures}):\n  " + "\n  ".join(failures[:20])
+        )
 
 
 def _prepared(generator: Generator, group: list[Ask], future: "Future[Any]") -> tuple[Any, str]:
