@@ -62,5 +62,5 @@ def test_every_norm_and_mlp_is_replaced_and_numbers_stay(rig, liger):
 
 @pytest.mark.skipif("liger_kernel" in sys.modules, reason="liger-kernel is installed")
 def test_missing_package_is_named(rig):
-    with pytest.raises(ConfigError, match=r"pip install 'spatialvlm\[gpu\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[gpu\]'"):
         use_liger(rig("qwen3vl").model.adapter.language_model)

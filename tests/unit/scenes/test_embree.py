@@ -33,5 +33,5 @@ def test_missing_package_is_named(monkeypatch):
         return real(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(BackendUnavailableError, match=r"spatialvlm\[scenes\]"):
+    with pytest.raises(BackendUnavailableError, match=r"\.\[scenes\]"):
         EmbreeCaster(np.zeros((1, 3, 3)), np.zeros(1, int), np.zeros(1, np.uint16))
