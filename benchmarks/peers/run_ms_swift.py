@@ -8,25 +8,18 @@ The template's placeholder ids are built in; they are set to those of the small 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
 from pathlib import Path
 
 from mix import FRAME_SIDE, FRAMES, read_mixed
-from stopwatch import Stopwatch, watch_trainer
+from stopwatch import Stopwatch, arguments, watch_trainer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("mix")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--batch", type=int, default=8)
+    parser = arguments()
     parser.add_argument("--accumulate", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--padding-free", action="store_true")
     args = parser.parse_args()
     options = {

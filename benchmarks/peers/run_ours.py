@@ -18,20 +18,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from stopwatch import Stopwatch, cpu_seconds, gemm_rate
+from stopwatch import Stopwatch, arguments, cpu_seconds, gemm_rate
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("mix")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=10)
+    parser = arguments()
     parser.add_argument("--share", action="store_true", help="shared prefixes of up to 8 questions")
-    parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--efficiency", action="store_true")
     args = parser.parse_args()
     if args.efficiency:

@@ -9,25 +9,18 @@ many visual tokens. Packing and ``padding_free`` are refused for images (``--pad
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
 import trl
 from datasets import Dataset, Features, Image, List, Value
 from mix import read_mixed
-from stopwatch import Stopwatch, watch_trainer
+from stopwatch import Stopwatch, arguments, watch_trainer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("mix")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--batch", type=int, default=8)
+    parser = arguments()
     parser.add_argument("--accumulate", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--padding-free", action="store_true")
     args = parser.parse_args()
     options = {

@@ -6,6 +6,7 @@ batches on their way into the training step. It runs inside the framework's own 
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import os
@@ -18,6 +19,18 @@ from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line that every framework's script understands."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("mix")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=2)
+    return parser
 
 
 def cpu_seconds() -> float:

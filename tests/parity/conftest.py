@@ -35,7 +35,7 @@ def rig(checkpoints, tiny_vggt):
 
 
 @pytest.fixture
-def record(request):
+def check(request):
     """Assert ``error <= bound`` and put the row into the table."""
 
     def write(backbone, feature, error, bound, reference="transformers"):

@@ -11,7 +11,7 @@ from spatialvlm.testing.rig import FAMILIES
 pytestmark = pytest.mark.parity
 
 
-def test_vggt_aggregator(record, data_dir):
+def test_vggt_aggregator(check, data_dir):
     """Tensors computed by an independent run of the published architecture on random weights."""
     from spatialvlm.models.geometry.vggt_checkpoint import load_vggt
 
@@ -25,7 +25,7 @@ def test_vggt_aggregator(record, data_dir):
             for layer in range(3):
                 expected = tensors.get_tensor(f"case{case}.layer{layer}")
                 error = (found[layer] - expected).abs().max()
-                record(
+                check(
                     "vggt",
                     f"aggregator, case {case}, layer {layer}",
                     error,
@@ -35,7 +35,7 @@ def test_vggt_aggregator(record, data_dir):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fusion_equations(rig, record, family):
+def test_fusion_equations(rig, check, family):
     """SSR (arXiv 2603.00409) eq. 2-4, written out: tokens = projector_3d(v + fc2(gelu(fc1(norm(s)))))."""
     bench = rig(family, {"size_policy": "match_grid"})
     bench.randomise_fusion()
@@ -72,17 +72,17 @@ def test_fusion_equations(rig, record, family):
                     tokens.append(fusion.projector_3d(block))
         expected = torch.cat([token.reshape(1, -1) for token in tokens])
     error = ((found - expected).norm() / expected.norm()).item()
-    record(family, "spatial tokens (relative)", error, 1e-5, "equations written out")
+    check(family, "spatial tokens (relative)", error, 1e-5, "equations written out")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_warm_start(rig, record, family):
+def test_warm_start(rig, check, family):
     bench = rig(family, {})
     batch = bench.pack(bench.members()[:1])
     with torch.no_grad():
         seen = bench.model._see(batch)
         spatial = bench.model._fuse(batch, seen, has_media=True).spatial_tokens
-    record(
+    check(
         family,
         "warm start, spatial = visual tokens",
         (spatial - seen.tokens).abs().max(),
@@ -93,7 +93,7 @@ def test_warm_start(rig, record, family):
         in_place = rig(family, {"insertion": "in_place"})
         three = in_place.model(in_place.pack()).sample_loss
         two = rig(family).model(in_place.pack()).sample_loss
-    record(
+    check(
         family,
         "warm in_place, loss (relative)",
         ((three - two).abs() / two).max(),

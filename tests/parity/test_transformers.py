@@ -64,7 +64,7 @@ def stock_loss(logits, batch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients(rig, record, family):
+def test_logits_and_gradients(rig, check, family):
     exact, ours, gradient = 0.0, 0.0, 0.0
     for name in cases(rig(family)):
         bench = rig(family)
@@ -91,13 +91,13 @@ def test_logits_and_gradients(rig, record, family):
             plain.adapter.text_config._attn_implementation_internal = "sdpa"
             hidden, _ = plain.hidden_states(batch)
             exact = max(exact, (plain.backbone.lm_head(hidden) - logits).abs().max().item())
-    record(family, "2D logits, the library's attention and patch embedding", exact, 0.0)
-    record(family, "2D logits, our attention and patch embedding (relative)", ours, 1e-5)
-    record(family, "2D gradients, ours (worst tensor, relative)", gradient, 1e-5)
+    check(family, "2D logits, the library's attention and patch embedding", exact, 0.0)
+    check(family, "2D logits, our attention and patch embedding (relative)", ours, 1e-5)
+    check(family, "2D gradients, ours (worst tensor, relative)", gradient, 1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_generation(rig, record, family):
+def test_greedy_generation(rig, check, family):
     """Stills: the library's own positions, cache and loop against groups of prompts."""
     bench = rig(family)
     members = [
@@ -116,11 +116,11 @@ def test_greedy_generation(rig, record, family):
         theirs = tokens[0, prompts["input_ids"].shape[1] :].tolist()
         theirs = theirs[: theirs.index(0)] if 0 in theirs else theirs
         different += sum(a != b for a, b in zip(ours, theirs, strict=True))
-    record(family, "greedy generation, tokens that differ", different, 0)
+    check(family, "greedy generation, tokens that differ", different, 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shared_prefix(rig, record, family):
+def test_shared_prefix(rig, check, family):
     """Packed groups against separate samples, with the geometry branch, all weights."""
     bench = rig(family, {"camera_token": True})
     bench.randomise_fusion()
@@ -135,15 +135,15 @@ def test_shared_prefix(rig, record, family):
         losses.append(output.loss_sum.detach())
     separate = torch.stack(losses)
     error = ((packed.sample_loss - separate).abs() / separate).max()
-    record(family, "packed groups, loss (relative)", error, 1e-5, "separate samples")
+    check(family, "packed groups, loss (relative)", error, 1e-5, "separate samples")
     error = worst_relative(found, gradients(bench.model))
-    record(
+    check(
         family, "packed groups, gradients (worst tensor, relative)", error, 1e-4, "separate samples"
     )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pixels(record, family, checkpoints):
+def test_pixels(check, family, checkpoints):
     from transformers import AutoProcessor
 
     from spatialvlm.models.backbones import adapter_of, image_processor_config, require_config
@@ -164,4 +164,4 @@ def test_pixels(record, family, checkpoints):
     )["pixel_values_videos"]
     shape = (5, side, side)
     ours = prepare(video, [shape], [spec.grid(shape)[0]], spec)
-    record(family, "pixel values", (ours - found.reshape(ours.shape)).abs().max(), 1e-6)
+    check(family, "pixel values", (ours - found.reshape(ours.shape)).abs().max(), 1e-6)
