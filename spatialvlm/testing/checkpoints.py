@@ -60,41 +60,48 @@ def model_config(family: Family, size: Size = "tiny") -> dict[str, Any]:
         "use_cache": True,
         "vocab_size": INTERNVL_ROWS if family == "internvl3" else QWEN_ROWS,
     }
-    head_dim = 16 if small else 32
-    if family == "internvl3":
-        side = 56 if small else 112
-        return {
-            "architectures": ["InternVLForConditionalGeneration"],
-            "model_type": "internvl",
-            "image_token_id": ids["<IMG_CONTEXT>"],
-            "image_seq_length": (side // 28) ** 2,
-            "downsample_ratio": 0.5,
-            "projector_hidden_act": "gelu",
-            "vision_feature_layer": -1,
-            "vision_feature_select_strategy": "default",
-            "tie_word_embeddings": False,
-            "text_config": {
-                **text,
-                "model_type": "qwen2",
-                "rope_theta": 1000000.0,
-                "use_sliding_window": False,
-            },
-            "vision_config": {
-                "model_type": "internvl_vision",
-                "hidden_size": 32 if small else 128,
-                "intermediate_size": 64 if small else 256,
-                "num_hidden_layers": 2 if small else 3,
-                "num_attention_heads": 2 if small else 4,
-                "attention_bias": True,
-                "image_size": [side, side],
-                "patch_size": [14, 14],
-                "norm_type": "layer_norm",
-                "layer_norm_eps": 1e-6,
-                "use_qk_norm": False,
-                "layer_scale_init_value": 0.1,
-                "use_mean_pooling": True,
-            },
-        }
+    build = {"qwen2_5vl": _qwen2_5vl, "qwen3vl": _qwen3vl, "internvl3": _internvl3}
+    return build[family](text, ids, small)
+
+
+def _internvl3(text: dict[str, Any], ids: dict[str, int], small: bool) -> dict[str, Any]:
+    side = 56 if small else 112
+    return {
+        "architectures": ["InternVLForConditionalGeneration"],
+        "model_type": "internvl",
+        "image_token_id": ids["<IMG_CONTEXT>"],
+        "image_seq_length": (side // 28) ** 2,
+        "downsample_ratio": 0.5,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+        "text_config": {
+            **text,
+            "model_type": "qwen2",
+            "rope_theta": 1000000.0,
+            "use_sliding_window": False,
+        },
+        "vision_config": {
+            "model_type": "internvl_vision",
+            "hidden_size": 32 if small else 128,
+            "intermediate_size": 64 if small else 256,
+            "num_hidden_layers": 2 if small else 3,
+            "num_attention_heads": 2 if small else 4,
+            "attention_bias": True,
+            "image_size": [side, side],
+            "patch_size": [14, 14],
+            "norm_type": "layer_norm",
+            "layer_norm_eps": 1e-6,
+            "use_qk_norm": False,
+            "layer_scale_init_value": 0.1,
+            "use_mean_pooling": True,
+        },
+    }
+
+
+def _qwen(text: dict[str, Any], ids: dict[str, int], small: bool) -> tuple[dict[str, Any], ...]:
+    """What both Qwen families have: top-level ids, vision tower."""
     common: dict[str, Any] = {
         "image_token_id": ids["<|image_pad|>"],
         "video_token_id": ids["<|video_pad|>"],
@@ -111,35 +118,43 @@ def model_config(family: Family, size: Size = "tiny") -> dict[str, Any]:
         "temporal_patch_size": 2,
         "out_hidden_size": text["hidden_size"],
     }
-    if family == "qwen3vl":
-        sections = [4, 2, 2] if small else [6, 5, 5]
-        return {
-            "architectures": ["Qwen3VLForConditionalGeneration"],
-            "model_type": "qwen3_vl",
+    return common, vision
+
+
+def _qwen3vl(text: dict[str, Any], ids: dict[str, int], small: bool) -> dict[str, Any]:
+    common, vision = _qwen(text, ids, small)
+    sections = [4, 2, 2] if small else [6, 5, 5]
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "tie_word_embeddings": True,
+        **common,
+        "text_config": {
+            **text,
+            "model_type": "qwen3_vl_text",
+            "head_dim": 16 if small else 32,
+            "attention_bias": False,
+            "rope_theta": 5000000.0,
+            "rope_scaling": {
+                "mrope_interleaved": True,
+                "mrope_section": sections,
+                "rope_type": "default",
+            },
             "tie_word_embeddings": True,
-            **common,
-            "text_config": {
-                **text,
-                "model_type": "qwen3_vl_text",
-                "head_dim": head_dim,
-                "attention_bias": False,
-                "rope_theta": 5000000.0,
-                "rope_scaling": {
-                    "mrope_interleaved": True,
-                    "mrope_section": sections,
-                    "rope_type": "default",
-                },
-                "tie_word_embeddings": True,
-            },
-            "vision_config": {
-                **vision,
-                "model_type": "qwen3_vl_vision",
-                "hidden_act": "gelu_pytorch_tanh",
-                "patch_size": 16,
-                "num_position_embeddings": 64,
-                "deepstack_visual_indexes": [0, 1],
-            },
-        }
+        },
+        "vision_config": {
+            **vision,
+            "model_type": "qwen3_vl_vision",
+            "hidden_act": "gelu_pytorch_tanh",
+            "patch_size": 16,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+        },
+    }
+
+
+def _qwen2_5vl(text: dict[str, Any], ids: dict[str, int], small: bool) -> dict[str, Any]:
+    common, vision = _qwen(text, ids, small)
     sections = [2, 3, 3] if small else [4, 6, 6]
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
