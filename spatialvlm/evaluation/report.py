@@ -28,6 +28,7 @@ from spatialvlm.evaluation.report_tables import (
 from spatialvlm.evaluation.runs import BenchRun, read_runs
 
 MAX_BYTES = 25_000_000
+SIDES = (384, 192, 96)
 esc = html.escape
 
 __all__ = [
@@ -134,8 +135,8 @@ def write_report(
     baselines = read_baselines(extra_baselines)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    page, gallery = "", Gallery()
-    for side in (384, 192, 96):
+    page, gallery, side = "", Gallery(), SIDES[0]
+    for side in SIDES:
         page, gallery = build_page(
             benchmarks,
             training=training,
@@ -146,10 +147,9 @@ def write_report(
         )
         if len(page.encode()) <= MAX_BYTES:
             break
-    else:
-        page = page.replace(
-            "<main>", '<main><p class="note">Pictures were thinned to keep the page small.</p>', 1
-        )
+    if side != SIDES[0]:
+        note = f"Pictures were reduced to {side} pixels to keep the page small."
+        page = page.replace("<main>", f'<main><p class="note">{note}</p>', 1)
     out.write_text(page, encoding="utf-8")
     write_task_csv(benchmarks, out.with_suffix(".csv"))
     gallery.write(out.with_name(f"{out.stem}_plots"))

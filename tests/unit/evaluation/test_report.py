@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from spatialvlm.errors import DataError
-from spatialvlm.evaluation import charts
+from spatialvlm.evaluation import charts, report
 from spatialvlm.evaluation.predictions import Prediction, write_predictions
 from spatialvlm.evaluation.registry import load_benchmark
 from spatialvlm.evaluation.report import pick_samples, read_baselines, text_table, write_report
@@ -211,6 +211,18 @@ def test_report_without_the_benchmark_file(runs, tmp_path):
         write_report([tmp_path / "nothing"], tmp_path / "x.html")
     with pytest.raises(DataError, match=r"metrics.jsonl does not exist"):
         write_report([copy], tmp_path / "x.html", training=[tmp_path])
+
+
+def test_a_large_page_gets_smaller_pictures_and_says_so(runs, tmp_path, monkeypatch):
+    write_report(runs[0], tmp_path / "whole.html")
+    whole = (tmp_path / "whole.html").read_text()
+    assert "Pictures were reduced" not in whole
+    monkeypatch.setattr(report, "SIDES", (384, 24))
+    monkeypatch.setattr(report, "MAX_BYTES", len(whole.encode()) - 1)
+    write_report(runs[0], tmp_path / "small.html")
+    small = (tmp_path / "small.html").read_text()
+    assert len(small) < len(whole)
+    assert "Pictures were reduced to 24 pixels" in small
 
 
 def test_samples_are_seeded_and_failures_first(runs):
