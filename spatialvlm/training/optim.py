@@ -230,12 +230,17 @@ def build_adamw(
 
 
 def set_lrs(optimizer: Any, groups: Sequence[Group], factor: float) -> dict[str, float]:
-    """Write ``peak * factor`` into every optimizer group; returns part -> rate for the log."""
-    lrs: dict[str, float] = {}
-    for group, target in zip(groups, optimizer.param_groups, strict=True):
+    """Write ``peak * factor`` into every optimizer group; returns part -> rate for the log.
+
+    Every step, so every step also finds out whether something changed the groups meanwhile.
+
+    Raises:
+        ConfigError: The optimizer's groups are not the planned ones (:func:`verify_groups`).
+    """
+    for group, target in zip(groups, optimizer.param_groups, strict=False):
         target["lr"] = group.lr * factor
-        lrs[group.part] = target["lr"]
-    return lrs
+    verify_groups(optimizer, groups, factor)
+    return {group.part: group.lr * factor for group in groups}
 
 
 def verify_groups(optimizer: Any, groups: Sequence[Group], factor: float) -> None:

@@ -139,3 +139,18 @@ def test_rates_follow_the_plan_and_equalised_groups_are_found():
     optimizer.param_groups[1]["lr"] = optimizer.param_groups[0]["lr"] * 2
     with pytest.raises(ConfigError, match="differ from the plan"):
         verify_groups(optimizer, groups, 0.5)
+
+
+@pytest.mark.parametrize("change", ["decay", "order", "lost"])
+def test_every_step_finds_changed_groups(change):
+    model = FakeVLM()
+    _, groups, _ = prepare(model)
+    optimizer = build_adamw(model, groups)
+    if change == "decay":
+        optimizer.param_groups[0]["weight_decay"] += 0.1
+    elif change == "order":
+        optimizer.param_groups[:2] = optimizer.param_groups[1::-1]
+    else:
+        del optimizer.param_groups[-1]
+    with pytest.raises(ConfigError, match="differ from the plan"):
+        set_lrs(optimizer, groups, 0.5)
