@@ -1,9 +1,9 @@
-"""What 512 ranks and 12 M samples would do, on one core: order, balance, checkpoints, restarts, the header.
+"""What 512 ranks and 12 M samples would do, on one core: order, balance, checkpoints, restarts, the control traffic.
 
-    python benchmarks/simulate_scale.py --out benchmarks/results/simulate_scale.json
+    python benchmarks/simulate_scale.py --out benchmarks/results/simulate_scale.json --plots docs/images
 
-Ids and sizes only, no media, no model. The order and the planner are the shipped ones; times of disks and networks are
-arithmetic on the stated rates.
+Ids and sizes only, no media, no model. Order, planner, index, checkpoint store and key-value store are the shipped ones;
+times of disks and networks are arithmetic on the stated rates where the table says so.
 """
 
 from __future__ import annotations
@@ -15,18 +15,34 @@ import math
 import os
 import platform
 import statistics
+import tempfile
+import threading
 import time
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import torch
+from safetensors import safe_open
+from torch.distributed import TCPStore
 
+from spatialvlm.data.formats import SourceAttrs
+from spatialvlm.data.index_build import build_index
 from spatialvlm.data.mixture import Mixture
 from spatialvlm.data.plan import PackingArgs, imbalance, plan_step
 from spatialvlm.data.sample import LENGTH_DTYPE
+from spatialvlm.data.sources import Source
 from spatialvlm.data.units import SourceRows
-from spatialvlm.training.distributed import StepHeader
+from spatialvlm.training.checkpoint import CheckpointStore, Snapshot, verify, write_safetensors
+from spatialvlm.training.distributed import Processes, StepHeader
+from spatialvlm.training.optim import Group
 from spatialvlm.training.report import svg_lines
+from spatialvlm.training.slices import KINDS, Slice
+from spatialvlm.training.watchdog import Heartbeat
 from spatialvlm.typing import CostCoefficients
 
 WORLDS = (1, 2, 8, 64, 512)
@@ -186,11 +202,165 @@ def change_of_world(batch: int) -> dict:
     return found
 
 
-def control_traffic() -> dict:
-    """The step header and the heartbeats."""
+class OtherRanks(Processes):
+    """Rank 0 of many: what the others would have written appears when their answers are gathered."""
+
+    folder: Path
+
+    def gather(self, value: Any) -> list[Any]:
+        problem, _, rows = value
+        answers = [value]
+        for rank in range(1, self.size):
+            suffix = f"{rank:05d}-of-{self.size:05d}.safetensors"
+            piece = torch.full((8,), float(rank))
+            files = {
+                name: write_safetensors(self.folder / name, [("param/w", piece)])
+                for name in (f"state-{suffix}", f"rng-{suffix}")
+            }
+            moved = [(fqn, numel * rank, numel) for fqn, _, numel in rows]
+            answers.append((problem, files, moved))
+        self.gathered = time.perf_counter()
+        return answers
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+def manifest(ranks: int = 512, tensors: int = 729) -> dict:
+    """Commit, check, and fall back with ``2 * ranks`` real small files and an index of ``tensors * ranks`` rows."""
+    names = tuple(f"model.layers.{i}.weight" for i in range(tensors))
+    group = Group("language_model", True, 1e-5, 0.0, names, ((ranks,),) * tensors)
+    slices = [Slice(name, 0, 1, dict.fromkeys(KINDS, torch.zeros(1))) for name in names]
+    engine: Any = SimpleNamespace(strategy="zero3", groups=[group], slices=lambda **_: slices)
+    processes = OtherRanks(0, ranks, torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as text:
+        folder = Path(text)
+        store = CheckpointStore(folder, processes)
+        committed = []
+        for step in (1, 2):
+            processes.folder = folder / f"step-{step:08d}.tmp"
+            store.save(step, engine, Snapshot({"adam_step": step}, {}, "", {}))
+            committed.append(time.perf_counter() - processes.gathered)
+        newest = folder / "step-00000002"
+        started = time.perf_counter()
+        verify(newest)
+        checked = time.perf_counter() - started
+        lost = newest / f"state-{ranks - 1:05d}-of-{ranks:05d}.safetensors"
+        lost.unlink()
+        chosen, rejected = store.newest_valid()
+        assert chosen is not None
+        assert lost.name in rejected[0]
+        return {
+            "files": 2 * ranks,
+            "index_rows": tensors * ranks,
+            "commit_s": round(min(committed), 2),
+            "check_s": round(checked, 2),
+            "one_file_lost_falls_back_to": chosen.name,
+        }
+
+
+def startup_storm(readers: int = 512, rows: int = 20_000, tensors: int = 729) -> dict:
+    """Every rank opens the same index and reads the header of the same weights, from the page cache."""
+    with tempfile.TemporaryDirectory() as text:
+        folder = Path(text)
+        with (folder / "rows.jsonl").open("w") as file:
+            for i in range(rows):
+                turns = [{"from": "human", "value": f"Question {i}?"}, {"from": "gpt", "value": "4"}]  # fmt: skip
+                file.write(json.dumps({"id": i, "conversations": turns}) + "\n")
+        write_safetensors(
+            folder / "model.safetensors",
+            ((f"model.layers.{i}.weight", torch.zeros(4096)) for i in range(tensors)),
+        )
+
+        def source() -> Source:
+            return Source(SourceAttrs("rows", "general"), files=["rows.jsonl"], root=folder, format="sharegpt")  # fmt: skip
+
+        build_index(source(), folder / "index")
+        table = {}
+        for name, work in (
+            ("index", lambda: build_index(source(), folder / "index").column("prefix_key")),
+            ("weights_header", lambda: _tensor_names(folder / "model.safetensors")),
+        ):
+            read, started = _bytes_read(), time.perf_counter()
+            for _ in range(readers):
+                work()
+            seconds = time.perf_counter() - started
+            table[name] = {
+                "ms_each": round(1000 * seconds / readers, 2),
+                "kB_each": round((_bytes_read() - read) / readers / 1e3, 1),
+            }
+    return {"readers": readers, **table}
+
+
+def _tensor_names(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
+def _bytes_read() -> int:
+    """Bytes this process took with ``read`` calls; pages of memory maps are not among them."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def straggler(batch: int, slower: float = 1.3, rank: int = 77) -> dict:
+    """One of 512 ranks is slower: how much longer a step takes, and in how many steps it is the slowest."""
+    mixture = build_mixture(1_000_000)
+    steps, named, stretched = 40, 0, []
+    for step in range(steps):
+        draws = mixture.draws(step * batch, (step + 1) * batch)
+        plan = plan_step(draws, lengths_of(draws), COST, 512, PackingArgs(max_branches=1), step=step)  # fmt: skip
+        times = np.array([[pack.cost for pack in packs] for packs in plan.packs]).sum(0)
+        even = times.max()
+        times[rank] *= slower
+        stretched.append(times.max() / even)
+        named += int(times.argmax() == rank)
+    return {
+        "slower": slower,
+        "step_time": round(statistics.mean(stretched), 3),
+        "named_in_share_of_steps": named / steps,
+    }
+
+
+def control_traffic(clients: int = 512, seconds: float = 10.0, period: float = 5.0) -> dict:
+    """The step header, and heartbeats of ``clients`` threads on a real store (one process: Python's lock included)."""
+    server = TCPStore("127.0.0.1", 0, clients + 1, is_master=True, wait_for_workers=False)
+    beat = json.dumps(asdict(Heartbeat(0, "host", 1, 0, "forward", ("source/file#1",) * 8, 0.0)))
+    times: dict[str, list[float]] = {"set": [], "get": []}
+    opened = threading.Barrier(clients + 1)
+
+    def client(rank: int) -> None:
+        store = TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=60))
+        key = f"heartbeat/{rank}"
+        store.set(key, beat)
+        opened.wait()
+        time.sleep(period * rank / clients)
+        for _ in range(round(seconds / period)):
+            started = time.perf_counter()
+            store.set(key, beat)
+            middle = time.perf_counter()
+            store.get(key)
+            times["set"].append(middle - started)
+            times["get"].append(time.perf_counter() - middle)
+            time.sleep(period)
+
+    threads = [threading.Thread(target=client, args=(rank,)) for rank in range(clients)]
+    for thread in threads:
+        thread.start()
+    opened.wait()
+    for thread in threads:
+        thread.join()
     return {
         "header_bytes_per_step": 8 * len(fields(StepHeader)),
-        "heartbeat_writes_per_s_at_512_ranks": round(512 / 5, 1),
+        "heartbeat_bytes": len(beat),
+        "heartbeat_writes_per_s": round(clients / period, 1),
+        **{
+            f"{name}_ms_p{share}": round(1000 * float(np.percentile(found, share)), 2)
+            for name, found in times.items()
+            for share in (50, 99)
+        },
     }
 
 
@@ -237,6 +407,9 @@ def main() -> None:
         "checkpoints": checkpoints(),
         "restart": restart(),
         "world_512_to_448": change_of_world(arguments.batch),
+        "manifest": manifest(),
+        "startup_storm": startup_storm(),
+        "straggler": straggler(arguments.batch),
         "control": control_traffic(),
     }
     result["cpu_s"] = round(time.process_time() - started, 1)
