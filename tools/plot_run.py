@@ -2,8 +2,9 @@ r"""Training curves of one or several runs as one static page.
 
     python tools/plot_run.py runs/stage1 runs/stage2 --out curves.html
 
-Loss, learning rate per group, gradient norm, speed, and evaluation during training, from each ``metrics.jsonl``.
-Also writes ``<out>.csv`` with the plotted values.
+Loss and gradient norm (logarithmic), speed, utilisation, data wait and memory of all runs in one chart each; learning
+rates and evaluations of every run. From each ``metrics.jsonl``; what a run did not log is left out. Also writes
+``<out>.csv`` with the plotted values and ``<out>_plots/`` with every chart as PNG and CSV.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import sys
 from pathlib import Path
 
 from spatialvlm.errors import SpatialVLMError, run_command
-from spatialvlm.evaluation.report import curves_page, plotted
+from spatialvlm.evaluation.report import curves_page, plotted, run_names
 from spatialvlm.evaluation.runs import read_metrics
 
 
@@ -27,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         page, gallery = curves_page(args.runs)
         rows = [
-            [run.name, step["step"], key, step[key]]
-            for run in args.runs
+            [name, step["step"], key, step[key]]
+            for name, run in zip(run_names(args.runs), args.runs, strict=True)
             for step in read_metrics(run)
             for key in sorted(step)
             if plotted(key) and isinstance(step[key], (int, float))

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from spatialvlm.evaluation.charts import Gallery, number
-from spatialvlm.evaluation.report_plots import diagnostics, plotted, training_curves
+from spatialvlm.evaluation.report_plots import diagnostics, plotted, run_names, training_curves
 from spatialvlm.evaluation.report_samples import pick_samples, reload_benchmark, sample_cards
 from spatialvlm.evaluation.report_tables import (
     COMPOSITE,
@@ -39,6 +39,7 @@ __all__ = [
     "pick_samples",
     "plotted",
     "read_baselines",
+    "run_names",
     "text_table",
     "write_report",
 ]
@@ -111,8 +112,9 @@ def _page(heading: str, subtitle: str, body: str) -> str:
 def curves_page(folders: Sequence[str | Path]) -> tuple[str, Gallery]:
     """A page with the training curves of runs and nothing else, and its charts."""
     gallery = Gallery()
-    names = ", ".join(Path(folder).name for folder in folders)
-    return _page("Training runs", names, training_curves(folders, gallery)), gallery
+    return _page(
+        "Training runs", ", ".join(run_names(folders)), training_curves(folders, gallery)
+    ), gallery
 
 
 def write_report(

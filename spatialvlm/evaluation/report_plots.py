@@ -143,9 +143,23 @@ def _global_maps(run: BenchRun) -> list[int]:
     return list(json.loads(path.read_text(encoding="utf-8"))["extra"]["histogram"])
 
 
+OF_RUNS = (
+    # key, title, vertical axis, logarithmic
+    ("loss", "Training loss", "loss", True),
+    ("eval/loss", "Held-out loss", "loss", True),
+    ("grad_norm/total", "Gradient norm", "norm", True),
+    ("tokens_per_s", "Speed", "tokens per second", False),
+    ("mfu", "Model FLOP utilisation, of the data sheet", "share", False),
+    ("mfu_gemm", "Model FLOP utilisation, of this machine's matrix products", "share", False),
+    ("data_wait", "Time spent waiting for data", "share", False),
+    ("memory/peak_gib", "Peak memory", "GiB", False),
+)
+"""Metrics that are compared between runs."""
+
+
 def training_curves(folders: Sequence[str | Path], gallery: Gallery) -> str:
-    """Loss, learning rate per group, gradient norms and speed of training runs."""
-    runs = [(Path(folder).name, read_metrics(folder)) for folder in folders]
+    """Loss, gradient norm, speed, utilisation, waits and memory of training runs; rates and evaluations of each."""
+    runs = list(zip(run_names(folders), map(read_metrics, folders), strict=True))
     if not runs:
         return ""
 
@@ -163,9 +177,8 @@ def training_curves(folders: Sequence[str | Path], gallery: Gallery) -> str:
         return [_series(steps, key, key.removeprefix(prefix), next(colors)) for key in keys]
 
     cards = [
-        charts.line_chart("Training loss", one_key("loss"), "step", "loss"),
-        charts.line_chart("Gradient norm", one_key("grad_norm/total"), "step", "norm", log_y=True),
-        charts.line_chart("Speed", one_key("tokens_per_s"), "step", "tokens per second"),
+        charts.line_chart(title, one_key(key), "step", unit, log_y=log)
+        for key, title, unit, log in OF_RUNS
     ]
     for prefix, title, unit in (
         ("lr/", "Learning rate per group", "learning rate"),
@@ -179,6 +192,18 @@ def training_curves(folders: Sequence[str | Path], gallery: Gallery) -> str:
     return f'<h2>Training</h2><div class="grid2">{figures}</div>'
 
 
+def run_names(folders: Sequence[str | Path]) -> list[str]:
+    """Names of folders, with as many parents as it takes to tell them apart."""
+    parts = [Path(folder).resolve().parts for folder in folders]
+    names: list[str] = []
+    for own in parts:
+        length = 1
+        while length < len(own) and any(p != own and p[-length:] == own[-length:] for p in parts):
+            length += 1
+        names.append("/".join(own[-length:]))
+    return names
+
+
 def _series(steps: list[dict[str, Any]], key: str, label: str, color: str) -> Series:
     rows = [s for s in steps if isinstance(s.get(key), (int, float))]
     return Series(label, [s["step"] for s in rows], [s[key] for s in rows], color)
@@ -186,4 +211,4 @@ def _series(steps: list[dict[str, Any]], key: str, label: str, color: str) -> Se
 
 def plotted(key: str) -> bool:
     """Whether a metric is drawn by :func:`training_curves`."""
-    return key in ("loss", "grad_norm/total", "tokens_per_s") or key.startswith(("lr/", "eval/"))
+    return key in {name for name, *_ in OF_RUNS} or key.startswith(("lr/", "eval/"))

@@ -114,7 +114,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(folder) / "metrics.jsonl"
     if not path.is_file():
-        raise DataError(f"{path} does not exist; --training needs folders of training runs")
+        raise DataError(f"{path} does not exist; give the folder of a training run")
     steps: dict[int, dict[str, Any]] = {}
     for line in path.read_bytes().splitlines():
         try:

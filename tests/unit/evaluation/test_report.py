@@ -347,6 +347,55 @@ def test_training_curves_alone(runs, tmp_path):
     assert tool([str(tmp_path), "--out", str(tmp_path / "d.html")]) == 1
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    from spatialvlm.evaluation.report import run_names
+
+    assert run_names(["a/stage1", "a/stage2", "b/c/stage1"]) == ["a/stage1", "stage2", "c/stage1"]
+    assert run_names(["a/stage1", "a/stage1"]) == ["stage1", "stage1"]
+
+
+def test_curves_of_runs_show_what_each_of_them_logged(tmp_path):
+    import runpy
+    from pathlib import Path
+
+    tool = runpy.run_path(str(Path(__file__).resolve().parents[3] / "tools" / "plot_run.py"))[
+        "main"
+    ]
+    for name, more in (("cpu", {"mfu_gemm": 0.6}), ("gpu", {"mfu": 0.5, "mfu_gemm": 0.6})):
+        steps = [
+            {
+                "step": s,
+                "loss": 10.0 ** (1 - s),
+                "data_wait": 0.1 * s,
+                "memory/peak_gib": 2.0,
+                **more,
+            }
+            for s in range(3)
+        ]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
+    runs = [str(tmp_path / name) for name in ("cpu", "gpu")]
+    assert tool([*runs, "--out", str(tmp_path / "c.html")]) == 0
+    page = (tmp_path / "c.html").read_text()
+
+    def chart(title: str) -> str:
+        return page.partition(f"<figcaption>{title}")[2].partition("</figure>")[0]
+
+    heights = [
+        float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', chart("Training loss"))
+    ]
+    assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.2)  # logarithmic
+    for title, names in (
+        ("Time spent waiting for data", {"cpu", "gpu"}),
+        ("Peak memory", {"cpu", "gpu"}),
+        ("Model FLOP utilisation, of this machine", {"cpu", "gpu"}),
+        ("Model FLOP utilisation, of the data sheet", {"gpu"}),
+        ("Held-out loss", set()),
+    ):
+        shown = chart(title).partition('class="legend"')[2]
+        assert {name for name in ("cpu", "gpu") if f"</i>{name}" in shown} == names, title
+
+
 def test_composite_needs_all_members():
     from spatialvlm.evaluation.report import COMPOSITE, composite_table
     from spatialvlm.evaluation.runs import BenchRun
