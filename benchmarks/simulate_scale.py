@@ -208,6 +208,8 @@ class OtherRanks(Processes):
     folder: Path
 
     def gather(self, value: Any) -> list[Any]:
+        if isinstance(value, str):  # what rank 0 found wrong with a checkpoint
+            return [value]
         problem, _, rows = value
         answers = [value]
         for rank in range(1, self.size):

@@ -13,7 +13,8 @@ checkpoints/step-00001200/
 
 A save goes: free space -> ``step-N.tmp`` -> every rank streams its files, hashing while writing, fsync ->
 sizes and hashes gathered -> rank 0 writes index, state, manifest, marker, fsync, rename, fsync of the parent
--> prune. Only rank 0 renames and deletes, and only inside ``checkpoints/``. Nothing is pickled.
+-> prune. The streaming may run in a thread on a copy while training goes on; what needs all ranks never does.
+Only rank 0 renames and deletes, and only inside ``checkpoints/``. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ import os
 import shutil
 import struct
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -48,7 +51,7 @@ _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch
 
 
 def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> tuple[int, str]:
-    """Stream tensors into one safetensors file, hashing on the way; returns (bytes, sha256).
+    """Stream tensors into one safetensors file; a second thread hashes meanwhile. Returns (bytes, sha256).
 
     Unlike the library's writer it never holds more than one tensor on the host.
     """
@@ -66,7 +69,7 @@ def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> tupl
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with path.open("wb") as file, ThreadPoolExecutor(1) as hasher:
         for chunk in (struct.pack("<Q", len(text)), text):
             digest.update(chunk)
             file.write(chunk)
@@ -74,8 +77,9 @@ def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> tupl
             if not tensor.numel():
                 continue
             data = tensor.detach().cpu().contiguous().numpy().data.cast("B")
-            digest.update(data)
+            hashed = hasher.submit(digest.update, data)
             file.write(data)
+            hashed.result()
         file.flush()
         os.fsync(file.fileno())
     return 8 + len(text) + at, digest.hexdigest()
@@ -137,6 +141,19 @@ class Snapshot:
     """Recorded in the manifest: stage, lineage, base fingerprint, config hash, git."""
 
 
+@dataclass(frozen=True, slots=True)
+class PendingSave:
+    """A checkpoint between :meth:`CheckpointStore.begin` and :meth:`CheckpointStore.commit`."""
+
+    step: int
+    engine: Engine
+    snapshot: Snapshot
+    rows: list[tuple[str, int, int]]
+    """(name, offset, numel) of this rank's slices."""
+    files: Future[dict[str, tuple[int, str]]]
+    """This rank's files: name -> (bytes, sha256)."""
+
+
 class CheckpointStore:
     """Saves, verifies, loads and prunes the checkpoints of one run.
 
@@ -172,9 +189,25 @@ class CheckpointStore:
         Raises:
             CheckpointError: On every rank alike, when any rank could not write; older ones are untouched.
         """
+        return self.commit(self.begin(step, engine, snapshot))
+
+    def begin(
+        self, step: int, engine: Engine, snapshot: Snapshot, *, background: bool = False
+    ) -> PendingSave:
+        """Start a checkpoint, on all ranks.
+
+        Args:
+            step: Number of finished steps.
+            engine: Source of the slices.
+            snapshot: Everything small.
+            background: Copy this rank's state to host memory and let a thread write it; otherwise the files are
+                written on return. Without memory for the copy they are too, and a warning says so.
+
+        Raises:
+            CheckpointError: On every rank alike, when the folder cannot be made.
+        """
         rank, size = self.processes.rank, self.processes.size
-        final = self.folder / f"step-{step:08d}"
-        work = self.folder / f"step-{step:08d}.tmp"
+        work = self._work(step)
         slices = engine.slices(loading=False)
         problem = ""
         if self.processes.is_main:
@@ -186,24 +219,47 @@ class CheckpointStore:
         if problem:
             raise CheckpointError(f"Cannot start a checkpoint in {problem}")
         fault_point("save.tmp", step=step, rank=rank)
-        files: dict[str, tuple[int, str]] = {}
-        rows: list[tuple[str, int, int]] = [(s.fqn, s.offset, s.numel) for s in slices]
-        try:
-            suffix = f"{rank:05d}-of-{size:05d}.safetensors"
+        suffix = f"{rank:05d}-of-{size:05d}.safetensors"
+        tensors = {
+            f"state-{suffix}": [
+                (f"{kind}/{s.fqn}", s.views[kind]) for kind in KINDS for s in slices
+            ],
+            f"rng-{suffix}": list(pack_rng().items()),
+        }
+        background = background and _room_for_copy(tensors[f"state-{suffix}"])
+        if background:
+            tensors = {
+                file: [(name, t.detach().to("cpu", copy=True)) for name, t in own]
+                for file, own in tensors.items()
+            }
+
+        def write() -> dict[str, tuple[int, str]]:
             fault_point("save.write", step=step, rank=rank)
-            files[f"state-{suffix}"] = write_safetensors(
-                work / f"state-{suffix}",
-                ((f"{kind}/{s.fqn}", s.views[kind]) for kind in KINDS for s in slices),
-            )
+            files = {name: write_safetensors(work / name, own) for name, own in tensors.items()}
             fault_point("save.written", step=step, rank=rank)
-            files[f"rng-{suffix}"] = write_safetensors(work / f"rng-{suffix}", pack_rng().items())
+            return files
+
+        rows = [(s.fqn, s.offset, s.numel) for s in slices]
+        return PendingSave(step, engine, snapshot, rows, _in_thread(write) if background else _now(write))  # fmt: skip
+
+    def commit(self, pending: PendingSave) -> Path:
+        """Wait for this rank's files and make the checkpoint valid, on all ranks.
+
+        Raises:
+            CheckpointError: On every rank alike, when any rank could not write; older ones are untouched.
+        """
+        step = pending.step
+        final, work = self.path(step), self._work(step)
+        problem, files = "", {}
+        try:
+            files = pending.files.result()
         except OSError as error:
-            problem = f"rank {rank}: {error}"
-        answers = self.processes.gather((problem, files, rows))
+            problem = f"rank {self.processes.rank}: {error}"
+        answers = self.processes.gather((problem, files, pending.rows))
         problems = [p for p, _, _ in answers if p]
         if not problems and self.processes.is_main:
             try:
-                self._commit(step, work, final, engine, snapshot, answers)
+                self._commit(step, work, final, pending.engine, pending.snapshot, answers)
             except OSError as error:
                 problems = [f"rank 0: {error}"]
         problems = self.processes.broadcast(problems)
@@ -218,6 +274,13 @@ class CheckpointStore:
         if self.processes.is_main:
             self.prune()
         return final
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint after ``step`` steps is, or will be."""
+        return self.folder / f"step-{step:08d}"
+
+    def _work(self, step: int) -> Path:
+        return self.path(step).with_suffix(".tmp")
 
     def _begin(self, work: Path, groups: Sequence[Group]) -> None:
         self._need_space(groups)
@@ -303,8 +366,13 @@ class CheckpointStore:
             keep_every=self.keep_every,
             newest_verified=self._newest,
         ):
+            doomed = path.with_name(path.name + ".tmp")
             try:
-                shutil.rmtree(path)
+                path.rename(doomed)  # a half-deleted checkpoint is never taken for one
+                fault_point(
+                    "save.prune", step=step_of(self._newest or path), rank=self.processes.rank
+                )
+                shutil.rmtree(doomed)
             except OSError as error:
                 warnings.warn(f"cannot delete the old checkpoint {path}: {error}", stacklevel=2)
 
@@ -316,32 +384,38 @@ class CheckpointStore:
         Raises:
             CheckpointError: There are checkpoints and none of them verifies; starting over would hide the loss.
         """
+        rejected = self.processes.on_main(self._remove_leftovers)
+        damaged: list[str] = []
+        for path in reversed(self.processes.on_main(lambda: checkpoints_in(self.folder))):
+            problem = self._problem(path)
+            if not problem:
+                self._newest = path
+                return path, rejected + damaged
+            damaged.append(problem)
+        if damaged:
+            raise CheckpointError(
+                f"None of the {len(damaged)} checkpoints in {self.folder} can be used:\n  "
+                + "\n  ".join(damaged)
+                + "\nRestore one from a copy and start again, or give up this run: choose a new run.dir, or move "
+                f"{self.folder.parent} away."
+            )
+        return None, rejected
 
-        def search() -> tuple[Path | None, list[str]]:
-            rejected: list[str] = []
-            for leftover in self.folder.glob("step-*.tmp"):
-                shutil.rmtree(leftover, ignore_errors=True)
-                rejected.append(f"{leftover.name}: left by an interrupted save, removed")
-            damaged: list[str] = []
-            for path in reversed(checkpoints_in(self.folder)):
-                try:
-                    verify(path, mode=self.verify_mode)
-                except CheckpointError as error:
-                    damaged.append(str(error))
-                else:
-                    return path, rejected + damaged
-            if damaged:
-                raise CheckpointError(
-                    f"None of the {len(damaged)} checkpoints in {self.folder} can be used:\n  "
-                    + "\n  ".join(damaged)
-                    + "\nRestore one from a copy and start again, or give up this run: choose a new run.dir, or move "
-                    f"{self.folder.parent} away."
-                )
-            return None, rejected
+    def _remove_leftovers(self) -> list[str]:
+        removed = []
+        for leftover in self.folder.glob("step-*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+            removed.append(f"{leftover.name}: left by an interrupted save or clean-up, removed")
+        return removed
 
-        chosen, rejected = self.processes.on_main(search)
-        self._newest = chosen
-        return chosen, rejected
+    def _problem(self, path: Path) -> str:
+        """First thing wrong with a checkpoint, or nothing; equal on all ranks, which divide the hashing."""
+        problem = ""
+        try:
+            verify(path, mode=self.verify_mode, part=(self.processes.rank, self.processes.size))
+        except CheckpointError as error:
+            problem = str(error)
+        return next(filter(None, self.processes.gather(problem)), "")
 
     def verified(self, path: Path) -> Path:
         """``path`` when it verifies; equal on all ranks.
@@ -349,13 +423,51 @@ class CheckpointStore:
         Raises:
             CheckpointError: Naming the failing file.
         """
-        self.processes.on_main(lambda: verify(path, mode=self.verify_mode))
+        if problem := self._problem(path):
+            raise CheckpointError(problem)
         self._newest = path
         return path
 
 
-def verify(path: Path, *, mode: Literal["full", "sizes"] = "full") -> dict[str, Any]:
+def _now(write: Callable[[], dict[str, tuple[int, str]]]) -> Future[dict[str, tuple[int, str]]]:
+    done: Future[dict[str, tuple[int, str]]] = Future()
+    try:
+        done.set_result(write())
+    except OSError as error:
+        done.set_exception(error)
+    return done
+
+
+def _in_thread(
+    write: Callable[[], dict[str, tuple[int, str]]],
+) -> Future[dict[str, tuple[int, str]]]:
+    writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+    done = writer.submit(write)
+    writer.shutdown(wait=False)
+    return done
+
+
+def _room_for_copy(tensors: Iterable[tuple[str, Tensor]]) -> bool:
+    needed = 1.1 * sum(tensor.nbytes for _, tensor in tensors)
+    free: float = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if needed > free:
+        warnings.warn(
+            f"a background save copies {needed / 1e9:.1f} GB to host memory and {free / 1e9:.1f} GB are free for this "
+            "process: training waits for this one. Set checkpoint.background: false to save like this without trying.",
+            stacklevel=3,
+        )
+    return needed <= free
+
+
+def verify(
+    path: Path, *, mode: Literal["full", "sizes"] = "full", part: tuple[int, int] = (0, 1)
+) -> dict[str, Any]:
     """Check a checkpoint before anything is read from it; returns the manifest.
+
+    Args:
+        path: ``step-*`` folder.
+        mode: ``full`` = every hash; ``sizes`` = names and sizes only.
+        part: (i, n): hash only every n-th file from the i-th, because other processes hash the others.
 
     Raises:
         CheckpointError: Naming the checkpoint and the first file that is missing or differs.
@@ -372,7 +484,7 @@ def verify(path: Path, *, mode: Literal["full", "sizes"] = "full") -> dict[str, 
     manifest: dict[str, Any] = json.loads(manifest_bytes)
     if manifest["format"] != FORMAT:
         raise CheckpointError(f"{path}: format {manifest['format']}, this version reads {FORMAT}.")
-    for name, (size, digest) in manifest["files"].items():
+    for number, (name, (size, digest)) in enumerate(manifest["files"].items()):
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{path}: {name} is missing.")
@@ -380,7 +492,8 @@ def verify(path: Path, *, mode: Literal["full", "sizes"] = "full") -> dict[str, 
             raise CheckpointError(
                 f"{path}: {name} has {file.stat().st_size} bytes, expected {size}."
             )
-        if mode == "full" and file_digest(file)[1] != digest:
+        mine = mode == "full" and number % part[1] == part[0]
+        if mine and file_digest(file)[1] != digest:
             raise CheckpointError(f"{path}: {name} has another sha256 than when it was written.")
     Index.read(path)
     return manifest

@@ -223,6 +223,8 @@ class StepHeader:
     """Ranks that were asked to save and leave."""
     save_due: float = 0.0
     """Rank 0's clock says that a timed checkpoint is due."""
+    written: float = 0.0
+    """Ranks whose background save has been written."""
     fault: float = 0.0
     """Ranks whose data path raised."""
 

@@ -31,7 +31,7 @@ def close_run(
     """
     if outcome == "finished":
         session.save(state, engine, final=True)
-        checkpoint = run.store.folder / f"step-{state.step:08d}"
+        checkpoint = run.store.path(state.step)
         if config.export.final:
             export(config, run, engine, checkpoint, run.path / "final")
     session.close()

@@ -79,6 +79,9 @@ def train(
         watch.at(state.step, "exchange")
         head = exchange(run.processes, _header(step, stop, save))
         _raise_together(run.processes, head, step)
+        if head.written == run.processes.size:
+            watch.at(state.step, "save")
+            save.complete(state)
         if head.stop:
             watch.at(state.step, "save")
             save(state, engine, final=True)
@@ -129,6 +132,7 @@ def _header(step: FetchedStep, stop: StopFlag, save: Saver) -> StepHeader:
         packs=float(len(step.batches)),
         stop=float(bool(stop)),
         save_due=float(save.clock_due()),
+        written=float(save.written()),
         fault=float(step.error is not None),
     )
 

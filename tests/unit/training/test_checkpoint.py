@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from spatialvlm.training.checkpoint import (
     SliceReader,
     Snapshot,
     _write_index,
+    checkpoints_in,
     load_checkpoint,
     restore_rng,
     to_prune,
@@ -89,6 +91,42 @@ def test_round_trip_restores_weights_moments_and_steps(store):
     assert manifest["stage"] == 1
 
 
+def test_background_save_holds_the_state_of_its_step_while_training_goes_on(store, monkeypatch):
+    engine = _engine()
+    _step(engine, steps=2)
+    waited = store.save(2, engine, _snapshot(2))
+    expected = {f.name: f.read_bytes() for f in waited.iterdir() if f.suffix == ".safetensors"}
+    shutil.rmtree(waited)
+    released = threading.Event()
+    write = module.write_safetensors
+
+    def slow(path, tensors):
+        if path.name.startswith("state"):
+            assert released.wait(30)
+        return write(path, tensors)
+
+    monkeypatch.setattr(module, "write_safetensors", slow)
+    pending = store.begin(2, engine, _snapshot(2), background=True)
+    _step(engine, start=2, steps=2)
+    torch.randn(3)
+    assert not pending.files.done()
+    assert checkpoints_in(store.folder) == []  # not valid before every rank has written
+    released.set()
+    path = store.commit(pending)
+    assert {f.name: f.read_bytes() for f in path.iterdir() if f.name in expected} == expected
+    assert store.newest_valid() == (path, [])
+
+
+def test_background_save_waits_when_memory_is_short(store, monkeypatch):
+    engine = _engine()
+    free = type("Memory", (), {"available": 10})()
+    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: free)
+    with pytest.warns(UserWarning, match="copies 0.0 GB .* training waits for this one"):
+        pending = store.begin(1, engine, _snapshot(), background=True)
+    assert pending.files.done()
+    assert store.commit(pending) == store.newest_valid()[0]
+
+
 def test_every_mutation_is_found_and_the_previous_checkpoint_used(store):
     engine = _engine()
     for step in (1, 2):
@@ -125,12 +163,36 @@ def test_every_mutation_is_found_and_the_previous_checkpoint_used(store):
         assert "step-00000002" in rejected[0]
 
 
+def test_ranks_divide_the_hashing_and_agree(store):
+    engine = _engine()
+    path = store.save(1, engine, _snapshot())
+    (path / "train_state.json").write_bytes(b"x" * (path / "train_state.json").stat().st_size)
+    found = []
+    for rank in range(3):
+        try:
+            verify(path, part=(rank, 3))
+        except CheckpointError:
+            found.append(rank)
+    assert len(found) == 1
+
+    class Two(Processes):
+        def gather(self, value):
+            return ["", "rank 1 found it"]
+
+        def broadcast(self, value):
+            return value
+
+    other = CheckpointStore(store.folder, Two(0, 2, torch.device("cpu")))
+    with pytest.raises(CheckpointError, match="rank 1 found it"):
+        other.verified(path)
+
+
 def test_leftover_of_a_crash_is_removed_and_reported(store):
     engine = _engine()
     (store.folder / "step-00000004.tmp").mkdir(parents=True)
     chosen, rejected = store.newest_valid()
     assert chosen is None
-    assert rejected == ["step-00000004.tmp: left by an interrupted save, removed"]
+    assert rejected == ["step-00000004.tmp: left by an interrupted save or clean-up, removed"]
     path = store.save(1, engine, _snapshot())
     assert store.newest_valid() == (path, [])
 

@@ -32,7 +32,9 @@ ONE = Processes(0, 1, torch.device("cpu"))
 class Bench:
     """Everything `train` needs around a fake model."""
 
-    def __init__(self, folder, loader, *, steps=8, every=3, on_error="retry", guard=None):
+    def __init__(
+        self, folder, loader, *, steps=8, every=3, on_error="retry", guard=None, background=False
+    ):
         model = FakeVLM()
         _, groups, factory = prepare(model)
         self.engine = make_engine("ddp", model, groups, factory, ONE, max_grad_norm=1.0, bf16=False)
@@ -42,7 +44,9 @@ class Bench:
         self.state = TrainState()
         self.store = CheckpointStore(folder / "checkpoints", ONE)
         snapshot = lambda state: Snapshot(state.to_json(), self.guard.state_dict(), "", {})  # noqa: E731
-        self.save = Saver(self.store, snapshot, every=every, on_error=on_error)
+        self.save = Saver(
+            self.store, snapshot, every=every, on_error=on_error, background=background
+        )
         sums = LossSums(("a", "b"), ("spatial", "general"), (), ONE.device)
         meter = Meter(ONE, sums, total_steps=steps, max_tokens=64, peak=None)
         self.trackers = Trackers([JsonLines(folder / "metrics.jsonl", attempt=1)])
@@ -225,6 +229,34 @@ def test_a_signal_saves_at_the_next_border(tmp_path):
     assert state["counters"]["loader"] == {
         "step": 4
     }  # the step that was fetched but not trained comes again
+
+
+def test_background_saves_hold_what_waiting_saves_hold(tmp_path):
+    digests = []
+    for background in (False, True):
+        bench = Bench(tmp_path / str(background), FakeLoader(), background=background)
+        bench.train()
+        bench.save(bench.state, bench.engine, final=True)
+        assert not bench.save.written()
+        folder = tmp_path / str(background) / "checkpoints"
+        digests.append(
+            {
+                f"{path.name}/{file.name}": file.read_bytes()
+                for path in checkpoints_in(folder)
+                for file in path.glob("*.safetensors")
+            }
+        )
+    assert digests[0] == digests[1]
+    assert {name.split("/")[0] for name in digests[0]} == {"step-00000006", "step-00000008"}
+
+
+def test_a_full_disk_during_a_background_save_is_survived_twice(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SPATIALVLM_FAULT", "save.write@3:0:nospace")
+    bench = Bench(tmp_path, FakeLoader(), background=True)
+    assert bench.train() == "finished"
+    assert "Training goes on; next try after step" in capsys.readouterr().err
+    bench.save(bench.state, bench.engine, final=True)
+    assert checkpoints_in(tmp_path / "checkpoints")[-1].name == "step-00000008"
 
 
 def test_a_full_disk_is_survived_twice_then_ends_the_run(tmp_path, monkeypatch, capsys):
