@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +18,7 @@ from spatialvlm.data.build import build_data
 from spatialvlm.data.hooks import DrawMarks
 from spatialvlm.data.loader import StepLoader
 from spatialvlm.data.sample import World
-from spatialvlm.errors import ConfigError, LaunchError
+from spatialvlm.errors import ConfigError
 from spatialvlm.models.build import build_model, cost_coefficients
 from spatialvlm.models.isolation import probe_isolation
 from spatialvlm.models.lora import add_adapters
@@ -28,11 +26,12 @@ from spatialvlm.models.param_groups import freeze_modules, split_parts
 from spatialvlm.models.spatial_vlm import SpatialVLM
 from spatialvlm.scenes.blacklist import Blacklist, find_ids, load_list, shipped_lists
 from spatialvlm.sequence.layout import TokenLayout
-from spatialvlm.training.distributed import Processes, launched_with_deepspeed
-from spatialvlm.training.engines import Engine, Strategy, deepspeed_settings, make_engine
+from spatialvlm.training.distributed import Processes
+from spatialvlm.training.engines import Engine, make_engine
 from spatialvlm.training.evaluate_loss import Forgiving, HeldOutLoss
 from spatialvlm.training.export import export
 from spatialvlm.training.guard import Guard
+from spatialvlm.training.launch import launch_plan, strategy_of
 from spatialvlm.training.loop import EvalFn, Fetcher, Run
 from spatialvlm.training.loss import LossSums
 from spatialvlm.training.memory import checkpoint_blocks, compile_blocks
@@ -154,38 +153,6 @@ def build_groups(config: TrainConfig, model: SpatialVLM) -> tuple[dict[str, Any]
     return dict(parts), groups
 
 
-def strategy_of(config: TrainConfig) -> tuple[Strategy, dict[str, Any] | None]:
-    """Strategy of the run, with the launcher's DeepSpeed JSON under ZeRO.
-
-    Raises:
-        LaunchError: FSDP2 was asked for under a DeepSpeed launcher, or by Accelerate's own plug-in.
-        ConfigError: The JSON cannot be read.
-    """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise LaunchError(
-            "distributed_type: FSDP shards outside of the recipe. Use configs/accelerate/fsdp2.yaml "
-            "(distributed_type: MULTI_GPU) with parallel.strategy=fsdp2."
-        )
-    wanted = config.parallel.strategy
-    if not launched_with_deepspeed():
-        return ("ddp" if wanted == "auto" else wanted), None
-    if wanted != "auto":
-        raise LaunchError(
-            f"parallel.strategy={wanted} under a DeepSpeed launcher. Set it to auto, or use an accelerate file "
-            "without deepspeed_config."
-        )
-    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
-    try:
-        settings: dict[str, Any] = json.loads(Path(path).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        msg = f"deepspeed_config_file={path!r} of the accelerate file cannot be read: {error}"
-        raise ConfigError(msg) from error
-    stage = settings.get("zero_optimization", {}).get("stage")
-    if stage not in (1, 2, 3):
-        raise ConfigError(f"{path}: zero_optimization.stage={stage!r} is not one of 1, 2, 3.")
-    return f"zero{stage}", settings  # type: ignore[return-value]
-
-
 def build_engine(
     config: TrainConfig, model: SpatialVLM, groups: Sequence[Group], processes: Processes
 ) -> Engine:
@@ -195,14 +162,7 @@ def build_engine(
         ConfigError: Settings that do not work together.
         LaunchError: The launcher and ``parallel.strategy`` disagree.
     """
-    strategy, json_file = strategy_of(config)
-    bf16 = config.precision == "bf16"
-    if bf16 and processes.device.type == "cpu" and os.environ.get("SPATIALVLM_TEST") != "1":
-        raise ConfigError("precision: bf16 is not for training on a CPU; set precision=fp32.")
-    if config.model.compile and strategy == "zero3":
-        raise ConfigError(
-            "model.compile is refused with ZeRO-3; use zero2 or fsdp2, or switch it off."
-        )
+    strategy, settings = launch_plan(config, processes.device)
     dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
     adapter = model.adapter
     if config.memory.checkpoint_language_model:
@@ -220,14 +180,6 @@ def build_engine(
         # DeepSpeed keeps masters in flat buffers and does not run fused kernels on them.
         fused=fused and not strategy.startswith("zero"),
     )
-    settings = None
-    if json_file is not None:
-        settings = deepspeed_settings(
-            json_file,
-            bf16=bf16,
-            max_grad_norm=config.optim.max_grad_norm,
-            reduce_dtype=config.parallel.reduce_dtype,
-        )
     engine = make_engine(
         strategy,
         model,
@@ -235,7 +187,7 @@ def build_engine(
         factory,
         processes,
         max_grad_norm=config.optim.max_grad_norm,
-        bf16=bf16,
+        bf16=config.precision == "bf16",
         deepspeed=settings,
     )
     verify_groups(engine.optimizer, groups, 1.0)

@@ -16,8 +16,9 @@ from spatialvlm.config import TrainConfig, dump_yaml
 from spatialvlm.config.data import SourceConfig
 from spatialvlm.models.build import build_meta_model
 from spatialvlm.models.spatial_vlm import SpatialVLM
-from spatialvlm.training.build import build_cost, build_groups, build_schedule, strategy_of
+from spatialvlm.training.build import build_cost, build_groups, build_schedule
 from spatialvlm.training.estimate import format_memory, require_fit
+from spatialvlm.training.launch import strategy_of
 from spatialvlm.training.metrics import peak_flops
 from spatialvlm.training.optim import group_table
 from spatialvlm.training.plan import SUPERVISED_SHARE, VISUAL_SHARE, plan_memory

@@ -26,6 +26,7 @@ from spatialvlm.training.engines import Engine
 from spatialvlm.training.entry import Arguments, owner
 from spatialvlm.training.estimate import MemoryRow
 from spatialvlm.training.guard import Guard
+from spatialvlm.training.launch import launch_plan
 from spatialvlm.training.optim import Group, Parts, group_table, verify_groups
 from spatialvlm.training.progress import duration
 from spatialvlm.training.rank_log import start_rank_log
@@ -34,6 +35,7 @@ from spatialvlm.training.signals import StopFlag
 from spatialvlm.training.state import (
     RunFolder,
     TrainState,
+    code_digest,
     environment,
     git_revision,
     seed_everything,
@@ -145,15 +147,21 @@ def open_run(config: TrainConfig, arguments: Arguments, processes: Processes) ->
     """Handshake, folder, lock, initial weights, and what to resume.
 
     Raises:
-        LaunchError: Ranks disagree, the folder is in use or not writable, or holds another run.
+        LaunchError: Ranks disagree, the launcher shards by itself, or the folder is in use, not writable, or holds
+            another run.
         CheckpointError: Nothing valid to resume although a path was given, or the configuration changed.
-        ConfigError: The run folder is inside the package or a data root.
+        ConfigError: The run folder is inside the package or a data root, or the launcher's files decide what the
+            recipe decides.
     """
     text = dump_yaml(config)
-    same_everywhere(
-        processes,
-        {"configuration": hashlib.sha256(text.encode()).hexdigest()[:12], **versions()},
-    )
+    strategy, settings = launch_plan(config, processes.device)
+    facts = {
+        "configuration": hashlib.sha256(text.encode()).hexdigest()[:12],
+        "code": code_digest(),
+        "strategy": strategy,
+        "DeepSpeed file": hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12],
+    }
+    same_everywhere(processes, facts | versions())
     path = Path(config.run.dir)
     folder = RunFolder(path, private=config.run.private)
     store = CheckpointStore(
@@ -190,10 +198,10 @@ def open_run(config: TrainConfig, arguments: Arguments, processes: Processes) ->
         raise
     if processes.is_main:
         (path / "config.resolved.yaml").write_text(text, encoding="utf-8")
-        facts = environment(
+        known = environment(
             world_size=processes.size, seed=config.run.seed, overrides=arguments.overrides
         )
-        write_json(path / "environment.json", facts)
+        write_json(path / "environment.json", known)
         folder.record(
             state="running",
             owner=owner(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -221,6 +222,15 @@ def versions() -> dict[str, str]:
         "numpy",
     )
     return {name: metadata.version(name) for name in names}
+
+
+def code_digest() -> str:
+    """Identity of this package's source files, commits or not."""
+    package = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def git_revision(folder: Path) -> dict[str, Any]:
