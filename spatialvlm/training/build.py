@@ -26,6 +26,7 @@ from spatialvlm.models.param_groups import freeze_modules, split_parts
 from spatialvlm.models.spatial_vlm import SpatialVLM
 from spatialvlm.scenes.blacklist import Blacklist, find_ids, load_list, shipped_lists
 from spatialvlm.sequence.layout import TokenLayout
+from spatialvlm.training.checkpoint import step_of
 from spatialvlm.training.distributed import Processes
 from spatialvlm.training.engines import Engine, make_engine
 from spatialvlm.training.evaluate_loss import Forgiving, HeldOutLoss
@@ -481,8 +482,8 @@ def _planned_schedule(
 
 
 def _saver(config: TrainConfig, run: OpenRun, state: TrainState, guard: Guard) -> Saver:
-    def after_save(now: TrainState, path: Path) -> None:
-        run.folder.record(state="running", step=now.step, checkpoint=path.name)
+    def after_save(path: Path) -> None:
+        run.folder.record(state="running", step=step_of(path), checkpoint=path.name)
         if config.log.report:
             update_report(run.path, config)
 
@@ -492,6 +493,7 @@ def _saver(config: TrainConfig, run: OpenRun, state: TrainState, guard: Guard) -
         every=config.checkpoint.every,
         every_s=config.checkpoint.every_s,
         on_error=config.checkpoint.on_error,
+        background=config.checkpoint.background,
         after=after_save,
         export_every=config.checkpoint.export_every,
         export=lambda engine, checkpoint, target: export(config, run, engine, checkpoint, target),
