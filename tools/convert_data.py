@@ -184,14 +184,13 @@ def read_items(source: Source, args: argparse.Namespace) -> Iterator[Item]:
     if not args.decontaminate:
         yield from items
         return
+    from spatialvlm.data.hooks import scene_names
     from spatialvlm.scenes.blacklist import Blacklist
 
     blacklist = Blacklist()
     for uid, sample in items:
         if isinstance(sample, Sample):
-            named = [sample.scene_id, sample.room_id, sample.meta.get("scene_name")]
-            named += [ref.path for ref in sample.media]
-            hits = [hit for text in named if isinstance(text, str) for hit in blacklist.hits(text)]
+            hits = [hit for text in scene_names(sample) for hit in blacklist.hits(text)]
             if hits:
                 text = f"{uid} names {hits[0].scene_id} of {hits[0].list_name}."
                 yield uid, DataError(text, reason="blocked")

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from spatialvlm.data.formats import SourceAttrs, sample_to_json
 from spatialvlm.data.formats.conversation import has_marker
+from spatialvlm.data.hooks import scene_names
 from spatialvlm.data.media.paths import resolve
 from spatialvlm.data.media.video import list_frames
 from spatialvlm.data.sample import MediaRef, Sample
@@ -114,6 +115,8 @@ class Converter:
         if self.to == "canonical":
             return sample_to_json(sample)
         row = message_row(sample)
+        if any(self._renames(ref) for ref in sample.media):
+            row["media_names"] = list(dict.fromkeys(scene_names(sample)))
         kinds = {ref.kind for ref in sample.media}
         frames = [self._split(ref) for ref in sample.media]
         if self.to == "messages":
@@ -141,6 +144,10 @@ class Converter:
             r.kind for r, parts in zip(sample.media, frames, strict=True) for _ in parts
         ]
         return row
+
+    def _renames(self, ref: MediaRef) -> bool:
+        """Whether a medium gets a new name; its old one may tell which scene it shows."""
+        return self.to in ("webdataset", "arrow") or ref.store in ("cell", "tar")
 
     def _split(self, ref: MediaRef) -> list[bytes]:
         """Encoded bytes of a medium: one entry, or one per frame; nothing for targets that keep paths."""
@@ -318,6 +325,7 @@ def _write_arrow(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         [(name, pa.string()) for name in texts]
         + [(name, pa.float64()) for name in numbers]
         + [("messages", pa.list_(message)), ("images", cell), ("videos", cell)]
+        + [("media_names", pa.list_(pa.string()))]
     )
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as out:
         for start in range(0, len(rows), 64):

@@ -16,7 +16,7 @@ import numpy as np
 
 from spatialvlm.data.containers import JsonLines, RawRow
 from spatialvlm.data.faults import INDEX_REASONS
-from spatialvlm.data.hooks import SceneCheck
+from spatialvlm.data.hooks import SceneCheck, scene_names
 from spatialvlm.data.index import (
     COLUMNS,
     FLAG_BLOCKED,
@@ -31,7 +31,7 @@ from spatialvlm.data.sample import Sample
 from spatialvlm.data.sources import Source, locked
 from spatialvlm.errors import BudgetError, DataError
 
-_VERSION = 2
+_VERSION = 3
 """Raised when equal rows would give other columns; part of every key."""
 _CHUNK = 1 << 16
 _PARALLEL_BYTES = 64 << 20
@@ -319,14 +319,8 @@ def _scene_flags(
     found: _Part,
 ) -> int:
     """Flags of one sample from its scene and room ids and media paths; hits are counted per list."""
-    texts = [sample.scene_id, sample.room_id, sample.meta.get("scene_name")]
-    texts += [
-        f"{ref.path}/{ref.member}" if ref.store == "tar" else ref.path for ref in sample.media
-    ]
     known, hits = False, set[str]()
-    for text in texts:
-        if not isinstance(text, str) or not text:
-            continue
+    for text in scene_names(sample):
         if text not in checked:
             if len(checked) > 100_000:
                 checked.clear()

@@ -14,12 +14,13 @@ from typing import Any, cast
 
 from spatialvlm.data.formats.base import Format, Place, Row, SourceAttrs
 from spatialvlm.data.formats.fields import (
+    cell_names,
+    id_or_none,
     media_fields,
     number_or_none,
     read_clip,
     read_medium,
     short,
-    text_or_none,
 )
 from spatialvlm.data.sample import MediaRef, Role, Sample, Turn
 from spatialvlm.errors import DataError
@@ -114,6 +115,10 @@ def build_sample(
     get = row.get
     used = _CONSUMED | consumed if consumed else _CONSUMED
     difficulty, margin = get("difficulty"), get("margin")
+    meta = {key: v for key, v in row.items() if v is not None and key not in used}
+    if media and media[0].store == "cell" and (names := cell_names(row)):
+        known = meta.get("media_names")  # of an earlier conversion
+        meta["media_names"] = [*(known if isinstance(known, list) else []), *names]
     sample = Sample(
         uid=place.uid(attrs.name, k),
         source=attrs.name,
@@ -128,11 +133,11 @@ def build_sample(
         frames_pinned=attrs.pinned,
         coords=attrs.coords or fmt.coords,
         marks=marks,
-        scene_id=text_or_none(get("scene_id") or get("scene_name")),
-        room_id=text_or_none(get("room_id")),
+        scene_id=id_or_none(get("scene_id") or get("scene_name")),
+        room_id=id_or_none(get("room_id")),
         difficulty=None if difficulty is None else number_or_none(difficulty),
         margin=None if margin is None else number_or_none(margin),
-        meta={key: v for key, v in row.items() if v is not None and key not in used},
+        meta=meta,
     )
     return sample._replace(**fields) if fields else sample
 
@@ -332,8 +337,8 @@ def _count_error(
 
 def _check_excluded(row: Row, media: Iterable[MediaRef], attrs: SourceAttrs, place: Place) -> None:
     names = [row.get("scene_name"), row.get("scene_id"), row.get("data_source")]
-    for ref in media:
-        names += ref.path.split("/")
+    for path in (*[ref.path for ref in media], *cell_names(row)):
+        names += path.split("/")
     for name in names:
         if isinstance(name, str) and name.startswith(attrs.exclude_prefixes):
             raise place.error(

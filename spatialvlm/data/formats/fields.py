@@ -69,6 +69,21 @@ def number_or_none(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def cell_names(row: Row) -> list[str]:
+    """Names that embedded media had as files, from the ``path`` of their cells."""
+    cells: list[Any] = []
+    for key in _MEDIA_KEYS:
+        value = row.get(key)
+        cells += value if isinstance(value, list) else [value]
+    paths = [cell.get("path") for cell in cells if isinstance(cell, Mapping)]
+    return [path for path in paths if isinstance(path, str) and path]
+
+
+def id_or_none(value: Any) -> str | None:
+    """An id as text; some sets write theirs as numbers."""
+    return str(value) if type(value) is int else text_or_none(value)
+
+
 def text_or_none(value: Any) -> str | None:
     """Text that is not empty; anything else is None."""
     return value if isinstance(value, str) and value else None

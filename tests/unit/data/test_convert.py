@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from spatialvlm.data.formats import SourceAttrs
+from spatialvlm.data.hooks import scene_names
 from spatialvlm.data.sources import Source
 from spatialvlm.errors import DataError
 from spatialvlm.scenes.io import iter_scenes, save_scene
@@ -168,6 +169,24 @@ def test_evaluation_scenes_are_left_out(tool, tmp_path):
     )
     assert report["not_converted"] == {"blocked": 1}
     assert report["written"] == 1
+
+
+@pytest.mark.parametrize("to", ["messages", "webdataset", "arrow"])
+def test_renamed_media_keep_the_names_that_tell_their_scene(tool, tmp_path, to):
+    """Otherwise a conversion would hide evaluation scenes from the block lists."""
+    cells = [{"bytes": JPEG, "path": "scans/scene0251_00/3.jpg"}]
+    table = pa.Table.from_pylist([talk("<image>?", images=cells, meta_info="[]")])
+    with (
+        pa.OSFile(str(tmp_path / "e.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema) as out,
+    ):
+        out.write_table(table)
+    report = tool.convert(arguments(tmp_path / "e.arrow", to, tmp_path / "one"))
+    _, (sample,) = reread(report)
+    assert "scans/scene0251_00/3.jpg" in scene_names(sample)
+    (file,) = (tmp_path / "one").glob("e-0*")
+    with pytest.raises(DataError, match="no row was converted: blocked 1"):
+        tool.convert(arguments(file, "canonical", tmp_path / "two", decontaminate=True))
 
 
 def scene(folder):

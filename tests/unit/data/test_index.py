@@ -234,6 +234,44 @@ def test_blocked_scenes_are_found_in_fields_and_paths(make, tmp_path):
     assert not other.info["blocked"]
 
 
+def test_blocked_scenes_are_found_wherever_a_row_names_them(make, tmp_path):
+    """Ids given as numbers, frames below a folder of several scenes, and the names of embedded media."""
+    picture = {"bytes": b"picture"}
+    rows = [
+        talk("<image>?", images=[picture | {"path": "scans/scene1/3.jpg"}], meta_info="[]"),
+        talk("<image>?", images=[picture | {"path": "scans/scene2/3.jpg"}], meta_info="[]"),
+        talk("<image>?", images=[picture | {"path": None}], meta_info="[]"),
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "cells.parquet")
+    source = Source(
+        SourceAttrs("cells", "spatial"), files=["cells.parquet"], root=tmp_path, cache_dir=tmp_path
+    )
+    flags = build_index(source, tmp_path / "index", check=check, check_key="1").column("flags")
+    assert ((flags & FLAG_BLOCKED) > 0).tolist() == [True, False, False]
+    assert ((flags & FLAG_NO_ID) > 0).tolist() == [False, False, True]
+
+    def number(text):
+        return ("evaluation",) if text == "47334096" else None
+
+    frames = [["x/scene2/1.jpg", "x/scene1/1.jpg"], ["x/scene2/1.jpg", "x/scene2/2.jpg"]]
+    source = make([talk("<video>?", video=names) for names in frames], "frames.jsonl")
+    flags = build_index(source, tmp_path / "index", check=check, check_key="1").column("flags")
+    assert ((flags & FLAG_BLOCKED) > 0).tolist() == [True, False]
+    for key in ("scene_id", "scene_name", "room_id", "video_id"):
+        source = make([talk("<image>?", image="a.jpg", **{key: 47334096})], f"{key}.jsonl")
+        index = build_index(source, tmp_path / "index", check=number, check_key="2")
+        assert index.info["blocked"] == {"evaluation": 1}, key
+
+
+def test_prefixes_are_found_in_the_names_of_embedded_media(tmp_path):
+    cells = [[{"bytes": b"picture", "path": f"{kind}/1.jpg"}] for kind in ("procthor", "real")]
+    rows = [talk("<image>?", images=images, meta_info="[]") for images in cells]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "cells.parquet")
+    attrs = SourceAttrs("cells", "spatial", exclude_prefixes=("procthor",))
+    source = Source(attrs, files=["cells.parquet"], root=tmp_path, cache_dir=tmp_path)
+    assert build_index(source, tmp_path / "index").eligible().tolist() == [False, True]
+
+
 def test_two_processes_build_the_same_table(make, tmp_path, monkeypatch):
     monkeypatch.setattr("spatialvlm.data.index_build._PARALLEL_BYTES", 1)
     rows = [talk(f"<image> {i}?", image=f"{i % 9}.jpg", type=f"t{i % 4}") for i in range(500)] + [
