@@ -6,9 +6,11 @@ sample. Tasks are pure, so nothing is lost but time.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -22,6 +24,8 @@ Report = Callable[[str], None]
 """Called with the name of the sample that is about to be read."""
 STARTUP_S = 60.0
 """Added to the time limit of a worker's first task, which waits for imports."""
+_POLL_S = 0.5
+"""How often time limits are looked at."""
 Work = Callable[[Any, Any, Report], Any]
 """``work(context, task, report) -> result``; a module-level function."""
 
@@ -39,6 +43,9 @@ class _Worker:
 @dataclass
 class WorkerPool:
     """Runs tasks in processes; results are fetched by ticket.
+
+    A thread takes results from the workers as they come and hands out the next tasks, so that the workers
+    go on while the caller computes.
 
     Args:
         work: What a worker does with a task.
@@ -58,13 +65,26 @@ class WorkerPool:
     _waiting: deque[tuple[int, Any]] = field(default_factory=deque)
     _ready: dict[int, tuple[Any, int]] = field(default_factory=dict)
     _next: int = 0
+    _wanted: int = -1
+    """Ticket that :meth:`get` waits for."""
+    _error: WorkerError | None = None
+    _closing: bool = False
+    _collector: threading.Thread | None = None
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    """Guards everything above."""
 
     def submit(self, task: Any) -> int:
         """Queue a task; the ticket fetches its result."""
-        self._waiting.append((self._next, task))
-        self._next += 1
-        self._start_tasks()
-        return self._next - 1
+        with self._changed:
+            self._waiting.append((self._next, task))
+            self._next += 1
+            if self._collector is None:
+                self._closing, self._error = False, None
+                self._workers = [self._launch() for _ in range(self.num_workers)]
+                self._collector = threading.Thread(target=self._collect, daemon=True)
+                self._collector.start()
+            self._start_tasks()
+            return self._next - 1
 
     def get(self, ticket: int) -> Any:
         """Result of a task; waits for it.
@@ -73,11 +93,19 @@ class WorkerPool:
             WorkerError: A worker died or ran out of time.
             SpatialVLMError: What the task raised.
         """
-        while ticket not in self._ready:
-            self._start_tasks(wanted=ticket)
-            self._receive()
-        result, _ = self._ready.pop(ticket)
-        self._start_tasks()
+        with self._changed:
+            self._wanted = ticket
+            self._start_tasks()
+            while ticket not in self._ready and self._error is None and self._collects():
+                self._changed.wait(_POLL_S)
+            self._wanted = -1
+            done = self._ready.pop(ticket, None)
+            self._start_tasks()
+        if done is None:
+            error = self._error or WorkerError("the loader was closed", reason="worker")
+            self.close()
+            raise error
+        result, _ = done
         if isinstance(result, SpatialVLMError):
             raise result
         return result
@@ -89,27 +117,34 @@ class WorkerPool:
 
     def close(self) -> None:
         """Stop the workers and forget unfinished tasks."""
+        with self._changed:
+            self._closing = True
+            self._waiting.clear()
         for worker in self._workers:
-            worker.pipe.close()
             worker.process.terminate()
+        if self._collector is not None:
+            self._collector.join()
         for worker in self._workers:
             worker.process.join()
+            worker.pipe.close()
         self._workers.clear()
-        self._waiting.clear()
         self._ready.clear()
+        self._collector = None
 
-    def _start_tasks(self, wanted: int = -1) -> None:
-        if not self._workers and self._waiting:
-            self._workers = [self._launch() for _ in range(self.num_workers)]
+    def _collects(self) -> bool:
+        return self._collector is not None and self._collector.is_alive()
+
+    def _start_tasks(self) -> None:
         full = self.ready_bytes > self.max_ready_bytes
         for worker in self._workers:
             if not self._waiting or worker.ticket >= 0:
                 continue
-            if full and self._waiting[0][0] != wanted:
+            if full and self._waiting[0][0] != self._wanted:
                 return
             worker.ticket, task = self._waiting.popleft()
             worker.since, worker.at = max(time.monotonic(), worker.since), ""
-            worker.pipe.send(task)
+            with contextlib.suppress(BrokenPipeError):  # the collector sees that it died
+                worker.pipe.send(task)
 
     def _launch(self) -> _Worker:
         # Never fork a process that may have started CUDA or threads.
@@ -123,45 +158,58 @@ class WorkerPool:
         theirs.close()
         return _Worker(process, ours, since=time.monotonic() + STARTUP_S)
 
-    def _receive(self) -> None:
-        """Wait for the next message of any worker."""
-        busy = [worker for worker in self._workers if worker.ticket >= 0]
-        deadline = min(worker.since for worker in busy) + self.timeout_s
-        ready = wait([w.pipe for w in busy], timeout=max(deadline - time.monotonic(), 0))
-        for worker in busy:
-            if worker.pipe in ready:
-                self._read(worker)
-            elif time.monotonic() - worker.since > self.timeout_s:
+    def _collect(self) -> None:
+        """Thread: receive what the workers send until one fails or the pool is closed."""
+        by_pipe = {worker.pipe: worker for worker in self._workers}
+        while not self._closing and self._error is None:
+            ready = wait(list(by_pipe), timeout=_POLL_S)
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                self._receive(by_pipe[pipe])
+            self._check_time([by_pipe[pipe] for pipe in by_pipe if pipe not in ready])
+
+    def _check_time(self, silent: list[_Worker]) -> None:
+        for worker in silent:
+            if worker.ticket >= 0 and time.monotonic() - worker.since > self.timeout_s:
                 worker.process.kill()
-                self.close()
-                raise WorkerError(
+                self._fail(
                     f"a loader worker spent more than loader.timeout_s={self.timeout_s} on one pack; it was at "
                     f"{worker.at or 'its start'}. Check that file, or raise the limit",
                     reason="timeout",
                 )
 
-    def _read(self, worker: _Worker) -> None:
+    def _receive(self, worker: _Worker) -> None:
         try:
             kind, value, size = worker.pipe.recv()
         except (EOFError, ConnectionResetError):
+            if self._closing:
+                return
             worker.process.join(timeout=5)
             code = worker.process.exitcode
             cause = (
                 f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
             )
-            self.close()
-            raise WorkerError(
+            self._fail(
                 f"a loader worker died ({cause}) while it read {worker.at or 'nothing yet'}. SIGKILL usually means the machine ran "
                 "out of memory: lower loader.num_workers, loader.prefetch_mb or data.media.cache_mb",
                 reason="worker",
-            ) from None
-        if kind == "at":
-            if not worker.at:
-                worker.since = time.monotonic()
-            worker.at = value
+            )
             return
-        self._ready[worker.ticket] = (value, size)
-        worker.ticket = -1
+        with self._changed:
+            if kind == "at":
+                if not worker.at:
+                    worker.since = time.monotonic()
+                worker.at = value
+                return
+            self._ready[worker.ticket] = (value, size)
+            worker.ticket = -1
+            self._start_tasks()
+            self._changed.notify_all()
+
+    def _fail(self, text: str, reason: str) -> None:
+        with self._changed:
+            self._error = WorkerError(text, reason=reason)
+            self._changed.notify_all()
 
 
 def _serve(pipe: Connection, work: Work, context: Any) -> None:

@@ -66,6 +66,17 @@ def test_a_hanging_worker_is_ended(pool):
     assert time.monotonic() - started < 10
 
 
+def test_workers_go_on_while_the_caller_computes(pool):
+    """Several packs per worker are built without any call from outside, also larger ones than a pipe holds."""
+    workers = pool(1)
+    workers.context = 1 << 20
+    tickets = [workers.submit(("square", n)) for n in range(5)]
+    deadline = time.monotonic() + 60
+    while len(workers._ready) < 5 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert sorted(workers._ready) == tickets
+
+
 def test_finished_results_do_not_pile_up(pool):
     """With room for one result only, nothing runs ahead of what is fetched, and nothing deadlocks."""
     workers = pool(1, max_ready_bytes=0)
