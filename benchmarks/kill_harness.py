@@ -1,13 +1,13 @@
 """Kill a training run at random moments and at named points of a save; it must resume to bit-identical results.
 
     python benchmarks/kill_harness.py --kills 20 --out /tmp/kill --json benchmarks/results/kill.json
-    python benchmarks/kill_harness.py --kills 200 --out /tmp/kill --seed 1  # nightly size
+    python benchmarks/kill_harness.py --kills 200 --out /tmp/kill --seed 1  # nightly size, about 20 minutes
 
-One and two processes, DDP, ZeRO-2, ZeRO-3 and FSDP2 in turn; every second kill at a random moment of a random rank,
-the others at a point inside a save. Every case: run with ``kill -9``, then run again without help. Checked: the
-second run finishes, losses, rates and norms of every step, final weights and moments are bitwise those of an
-undisturbed run, at least one verified checkpoint exists after the kill once one had been written, and no temporary
-directory is left.
+One and two processes, DDP, ZeRO-1, ZeRO-2, ZeRO-3 and FSDP2 in turn, some with adapters or background saves; every
+second kill at a random moment of a random rank, the others at a point inside a save. Every case: run with ``kill -9``,
+then run again without help. Checked: the second run finishes, losses, rates and norms of every step, final weights,
+moments, random states, counters and data position are bitwise those of an undisturbed run, at least one verified
+checkpoint exists after the kill once one had been written, and no temporary file or directory is left.
 
 The sources are copied into ``<out>/source`` first and run from there, so editing them meanwhile changes nothing.
 """
@@ -38,9 +38,32 @@ POINTS = (
     "save.manifest",
     "save.marker",
     "save.renamed",
+    "save.prune",
 )
-STRATEGIES = (("ddp", 1), ("zero2", 2), ("zero3", 2), ("fsdp2", 2), ("ddp", 2))
-STEPS, EVERY = 6, 2
+CASES = (
+    ("full", "ddp", 1),
+    ("full", "zero2", 2),
+    ("full", "zero3", 2),
+    ("full", "fsdp2", 2),
+    ("full", "ddp", 2),
+    ("lora", "zero2", 2),
+    ("lora", "zero3", 2),
+    ("lora", "fsdp2", 2),
+    ("full", "zero1", 2),
+    ("background", "zero3", 2),
+    ("background", "ddp", 2),
+)
+"""What is trained, strategy, ranks; an odd number of them, so that each meets both kinds of kill."""
+OVERRIDES = {
+    "full": (),
+    "lora": (
+        "lora={parts: [language_model], r: 4, alpha: 8.0}",
+        "optim.embedding_lr=null",
+        "optim.vision_lr=null",
+    ),
+    "background": ("checkpoint.background=true",),
+}
+STEPS, EVERY = 8, 2
 
 
 def freeze(out: Path) -> Path:
@@ -61,7 +84,7 @@ def revision() -> str:
     return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
-def write_inputs(folder: Path) -> Path:
+def write_inputs(folder: Path, *, num: int = 16) -> Path:
     """Rows, a tiny checkpoint, and a recipe."""
     spec = importlib.util.spec_from_file_location(
         "small", ROOT / "tests" / "recipes" / "conftest.py"
@@ -70,7 +93,7 @@ def write_inputs(folder: Path) -> Path:
     spec.loader.exec_module(small)
     from spatialvlm.testing import make_checkpoint
 
-    rows = small.write_rows(folder / "rows", num=16)
+    rows = small.write_rows(folder / "rows", num=num)
     model = make_checkpoint("qwen3vl", folder / "model", seed=0)
     path = folder / "recipe.yaml"
     text = small.recipe_text(1, "qwen3vl", model, rows)
@@ -93,8 +116,12 @@ def recipe(argv: list[str]) -> int:
 class Bench:
     """Runs of one recipe under one strategy."""
 
-    def __init__(self, folder: Path, config: Path, strategy: str, size: int) -> None:
+    def __init__(
+        self, folder: Path, config: Path, strategy: str, size: int, overrides: tuple[str, ...] = ()
+    ) -> None:
         self.folder, self.config, self.strategy, self.size = folder, config, strategy, size
+        self.overrides = overrides
+        self.background = overrides == OVERRIDES["background"]
         folder.mkdir(parents=True, exist_ok=True)
         self.straight = folder / "straight"
         self.start_s = 0.0
@@ -115,7 +142,7 @@ class Bench:
         env = launcher_environment(self.strategy, self.size, ROOT / "configs" / "deepspeed")
         if fault:
             env["SPATIALVLM_FAULT"] = fault
-        argv = [str(self.config), f"run.dir={run_dir}"]
+        argv = [str(self.config), f"run.dir={run_dir}", *self.overrides]
         if self.strategy == "fsdp2":
             argv.append("parallel.strategy=fsdp2")
         started = time.monotonic()
@@ -144,7 +171,7 @@ class Bench:
         return codes, time.monotonic() - started
 
     def result(self, run_dir: Path) -> dict:
-        """What must be equal: log values by step and the bytes of the last checkpoint and the export."""
+        """What must be equal: log values by step, counters, the bytes of the last checkpoint and of the export."""
         lines = [
             json.loads(line)
             for line in (run_dir / "metrics.jsonl").read_text().splitlines()
@@ -164,7 +191,10 @@ class Bench:
             [*last.glob("state-*"), *last.glob("rng-*"), *(run_dir / "final").glob("*.safetensors")]
         )
         digests = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-        return {"steps": by_step, "digests": digests}
+        saved = json.loads((last / "train_state.json").read_text())
+        own = ("attempt", "wall_s", "trackers")  # of a launch, not of the run
+        saved["counters"] = {k: v for k, v in saved["counters"].items() if k not in own}
+        return {"steps": by_step, "digests": digests, "state": saved}
 
     def case(self, name: str, **kill) -> dict:
         """Kill, look, resume, compare."""
@@ -190,12 +220,13 @@ class Bench:
             problems.append(f"resume exited with {again}")
         elif self.result(run_dir) != expected:
             problems.append("results differ from the undisturbed run")
-        if reached > EVERY and valid == 0:
+        # Of background saves the next one waits for the one in flight.
+        if reached > EVERY * (2 if self.background else 1) and valid == 0:
             problems.append(f"no verified checkpoint after {reached} steps")
-        if list((run_dir / "checkpoints").glob("*.tmp")):
-            problems.append("a temporary directory is left")
+        if left := [str(p.relative_to(run_dir)) for p in run_dir.rglob("*.tmp")]:
+            problems.append(f"left behind: {left}")
         return {
-            "case": name, "strategy": self.strategy, "size": self.size, "first_exit": codes, "valid_after_kill": valid,
+            "case": name, "trained": self.folder.name, "strategy": self.strategy, "size": self.size, "first_exit": codes, "valid_after_kill": valid,
             "steps_before_kill": reached, "resume_s": round(seconds, 2), "problems": problems,
         }  # fmt: skip
 
@@ -218,7 +249,8 @@ def kill_of(
     point = POINTS[number // 2 % len(POINTS)]
     every_rank = point in ("save.tmp", "save.write", "save.written")
     rank = int(rng.integers(size)) if every_rank else 0
-    step = EVERY * int(rng.integers(1, STEPS // EVERY + 1))
+    first = 3 if point == "save.prune" else 1  # the first saves have nothing to delete
+    step = EVERY * int(rng.integers(first, STEPS // EVERY + 1))
     return f"{number:03d}-{point}-{step}-rank{rank}", {"fault": f"{point}@{step}:{rank}:kill"}
 
 
@@ -248,21 +280,25 @@ def main() -> int:
     torch.set_num_threads(1)
     config = write_inputs(out)
     rng = np.random.default_rng(arguments.seed)
-    benches: dict[tuple[str, int], tuple[Bench, float, float]] = {}
+    benches: dict[tuple[str, str, int], tuple[Bench, float, float]] = {}
     results = []
     for number in range(arguments.kills):
-        key = STRATEGIES[number % len(STRATEGIES)]
+        key = CASES[number % len(CASES)]
+        trained, strategy, size = key
         if key not in benches:
-            bench = Bench(out / f"{key[0]}-{key[1]}", config, *key)
+            name = f"{trained}-{strategy}-{size}"
+            bench = Bench(out / name, config, strategy, size, OVERRIDES[trained])
             shutil.rmtree(bench.straight, ignore_errors=True)
             codes, seconds = bench.run(bench.straight)
-            assert codes == [0] * key[1], (bench.folder / "straight.log").read_text()[-2000:]
+            assert codes == [0] * size, (bench.folder / "straight.log").read_text()[-2000:]
             benches[key] = (bench, bench.start_s, seconds - bench.start_s)
         bench, start_s, train_s = benches[key]
-        name, kill = kill_of(number, rng, key[1], start_s, train_s)
+        name, kill = kill_of(number, rng, size, start_s, train_s)
         results.append(bench.case(name, **kill))
         verdict = "; ".join(results[-1]["problems"]) or "ok"
-        print(f"{key[0]}-{key[1]} {name}: exits {results[-1]['first_exit']}, {verdict}", flush=True)
+        print(
+            f"{bench.folder.name} {name}: exits {results[-1]['first_exit']}, {verdict}", flush=True
+        )
     failed = sum(bool(r["problems"]) for r in results)
     report = {
         "command": f"python benchmarks/kill_harness.py --kills {arguments.kills} --seed {arguments.seed}",
