@@ -113,20 +113,19 @@ def build_data(
             lengths.measure_all(number, workers)
             section = config.data.sources[number]
             own = section.max_bad_fraction
-            note = lengths.check(
+            for note in lengths.check(
                 number,
                 max_bad=config.data.max_bad_fraction if own is None else own,
                 max_overlong=config.data.max_rejected_fraction,
-            )
-            if note:
-                report(f"{note}; left out")
+            ):
+                report(note)
     mixture = build_mixture(config, encoder.indices, lengths, mode)
     notes = [note for index in encoder.indices for note in index.source.notes]
     for text in [*notes, *mixture.warnings]:
         report(text)
     # The recipe has made the run folder; the tools that only look must not.
     if world.rank == 0 and Path(config.run.dir).is_dir():
-        record = data_record(encoder.indices, mixture, blocked_key)
+        record = data_record(lengths, mixture, blocked_key)
         write_record(Path(config.run.dir) / "data.json", mixture, record)
     return StepLoader(
         mixture,

@@ -21,7 +21,7 @@ import numpy as np
 from spatialvlm.data.faults import LOAD_REASONS
 from spatialvlm.data.index import FLAG_VARIABLE
 from spatialvlm.data.prepare import SampleEncoder
-from spatialvlm.data.sample import LENGTH_DTYPE
+from spatialvlm.data.sample import LENGTH_DTYPE, count_notes
 from spatialvlm.errors import BudgetError, DataError
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ class LengthTable:
         counts = Counter(self.reasons[source][self.reasons[source] > 0].tolist())
         return {LOAD_REASONS[code - 1]: n for code, n in sorted(counts.items())}
 
-    def check(self, source: int, *, max_bad: float, max_overlong: float) -> str:
+    def check(self, source: int, *, max_bad: float, max_overlong: float) -> list[str]:
         """Judge what measuring all rows of a source found.
 
         Args:
@@ -175,7 +175,7 @@ class LengthTable:
             max_overlong: Tolerated share of rows that are too long.
 
         Returns:
-            What a user should know about rows that are left out; empty when there are none.
+            Lines about rows that are left out or were shortened; empty when there are none.
 
         Raises:
             BudgetError: Too many; names reasons and first messages, or the lengths.
@@ -184,12 +184,13 @@ class LengthTable:
         name = self.encoder.indices[source].source.name
         overlong = found.pop("overlong", 0)
         bad = sum(found.values())
-        note = ""
+        notes = []
         if bad:
             details = "; ".join(f"{reason} {count}" for reason, count in found.items())
-            note = f"source {name}: {bad} of {rows} rows cannot be used: {details} (first: {self._first(source, found)})"
-        if bad > max_bad * rows and (bad >= 20 or bad >= 0.2 * rows):
-            raise BudgetError(f"{note}. Repair them, or raise max_bad_fraction {max_bad}")
+            text = f"source {name}: {bad} of {rows} rows cannot be used: {details} (first: {self._first(source, found)})"
+            if bad > max_bad * rows and (bad >= 20 or bad >= 0.2 * rows):
+                raise BudgetError(f"{text}. Repair them, or raise max_bad_fraction {max_bad}")
+            notes.append(f"{text}; left out")
         if overlong > max_overlong * rows:
             tokens = self.records[source]["tokens"]
             kept = (
@@ -201,7 +202,24 @@ class LengthTable:
                 f"max_rejected_fraction is {max_overlong}. Rows that fit have median {kept[0]:.0f}, 95 % {kept[1]:.0f}, "
                 f"largest {kept[2]:.0f}; first that does not: {self._first(source, ['overlong'])}"
             )
-        return note
+        if overlong:
+            notes.append(
+                f"source {name}: {overlong} of {rows} rows have more than packing.max_length="
+                f"{self.encoder.overlong.max_length} tokens; left out"
+            )
+        shortened, removed = self.shortened(source)
+        if shortened:
+            details = ", ".join(f"{what} {count}" for what, count in shortened.items())
+            notes.append(
+                f"source {name}: data.overlong shortened rows ({details}; {removed} tokens removed)"
+            )
+        return notes
+
+    def shortened(self, source: int) -> tuple[dict[str, int], int]:
+        """Rows that the over-long policy shortened, by what it dropped, and tokens removed; as far as measured."""
+        notes = count_notes(self.records[source]["notes"])
+        dropped = {name: count for name, count in notes.items() if name.endswith("_dropped")}
+        return dropped, int(self.records[source]["tokens_removed"].sum())
 
     def _first(self, source: int, reasons: Iterable[str]) -> str:
         codes = {1 + LOAD_REASONS.index(reason) for reason in reasons}

@@ -19,7 +19,7 @@ from spatialvlm.data.faults import LOAD_REASONS, Quarantine, replacement
 from spatialvlm.data.lengths import LengthTable
 from spatialvlm.data.packs import BuiltPack, Fault, PackBuilder, PackTask
 from spatialvlm.data.plan import PackingArgs, distinct_media, plan_step, split_window
-from spatialvlm.data.sample import Draw, Shares, StepPlan, World
+from spatialvlm.data.sample import Draw, Shares, StepPlan, World, count_notes
 from spatialvlm.data.workers import Report, WorkerPool
 from spatialvlm.errors import DataError, StateError
 from spatialvlm.typing import Batch, CostCoefficients
@@ -141,7 +141,7 @@ class StepLoader:
                 max_ready_bytes=prefetch_mb << 20,
             )
         self._position, self._pack, self._step = 0, 0, 0
-        self._low_diversity = 0
+        self._said_few_media = False
         num_sources = len(lengths.encoder.indices)
         self._drawn = np.zeros(num_sources, np.int64)
         self._past_faults = np.zeros(num_sources, np.int64)
@@ -209,9 +209,9 @@ class StepLoader:
         )
         if self.composition.strict_diversity:
             raise DataError(text, reason="diversity")
-        self._low_diversity += 1
-        if self._low_diversity == 1:
-            logger.warning("%s (said once, further steps are counted)", text)
+        if not self._said_few_media:
+            logger.warning("%s (said once; data/notes/few_media counts such steps)", text)
+        self._said_few_media = True
 
     def _usable(self, draws: DrawArray, step: int) -> tuple[DrawArray, LengthArray]:
         """Lengths of the draws; a unit that turns out to be unusable gives way to the next of its lane."""
@@ -360,7 +360,7 @@ class StepLoader:
         )
 
     def shares(self, draws: DrawArray, sizes: LengthArray) -> Shares:
-        """Realised samples, tokens, label tokens and patches of some draws."""
+        """Realised samples, tokens, label tokens and patches of some draws, and what was done to them."""
         columns = {
             "samples": (sizes["tokens"] > 0).astype(np.int64),
             "tokens": sizes["tokens"],
@@ -368,10 +368,13 @@ class StepLoader:
             "patches": sizes["patches"],
         }
         counts: dict[str, dict[str, int]] = {name: {} for name in columns}
+        notes: dict[str, int] = {}
         for source in np.unique(draws["source"]).tolist():
             index = self.lengths.encoder.indices[source]
             mine = draws["source"] == source
             names = [f"family/{index.source.family}", f"source/{index.source.name}"]
+            found = count_notes(sizes["notes"][mine])
+            notes |= {f"{index.source.name}/{name}": count for name, count in found.items()}
             capability = np.asarray(index.column("capability"))[draws["row"][mine]]
             for name, values in columns.items():
                 own = values[mine]
@@ -382,7 +385,9 @@ class StepLoader:
                     total = int(own[capability == code].sum())
                     counts[name][key] = counts[name].get(key, 0) + total
         epochs = self.mixture.epochs(int(draws["position"].max()) + 1)
-        return Shares(**counts, epochs=epochs)
+        if distinct_media(sizes) < self.composition.min_media:
+            notes["few_media"] = 1
+        return Shares(**counts, epochs=epochs, notes=notes)
 
 
 @dataclass(frozen=True, slots=True)

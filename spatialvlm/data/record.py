@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from spatialvlm.data.index import SourceIndex
+from spatialvlm.data.lengths import LengthTable
 from spatialvlm.data.mixture import Mixture
 
 
-def data_record(
-    indices: Sequence[SourceIndex], mixture: Mixture, blocked_key: str
-) -> dict[str, Any]:
+def data_record(lengths: LengthTable, mixture: Mixture, blocked_key: str) -> dict[str, Any]:
     """Sources, rejects, hits of block lists, and the order, as JSON values."""
     sources = {}
-    for index in indices:
+    for number, index in enumerate(lengths.encoder.indices):
         source, info = index.source, index.info
+        shortened, tokens_removed = lengths.shortened(number)
         sources[source.name] = {
             "family": source.family,
             "format": source.format.name,
@@ -28,6 +26,10 @@ def data_record(
             "revision": source.revision,
             "rows": len(index),
             "rejected": info["rejected"],
+            "measured": int(np.count_nonzero(lengths.records[number]["tokens"])),
+            "unusable": lengths.rejected(number),
+            "shortened": shortened,
+            "tokens_removed": tokens_removed,
             "drawn_from": mixture.drawn_rows[source.name],
             "distinct_media": _distinct(index.column("media_key")),
             "blocked": info["blocked"],

@@ -199,6 +199,12 @@ before it when it encodes the whole text in one go, as here and at generation ti
 """
 
 
+def count_notes(notes: npt.NDArray[np.uint8]) -> dict[str, int]:
+    """Samples per entry of ``NOTES``, without zeros."""
+    counts = {name: int(np.sum((notes >> bit) & 1)) for bit, name in enumerate(NOTES)}
+    return {name: count for name, count in counts.items() if count}
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A run of tokens of one pack that sees itself and its parent."""
@@ -248,3 +254,5 @@ class Shares:
     patches: Mapping[str, int] | None = None
     epochs: Mapping[str, float] | None = None
     """Passes over every source up to the end of the range, by source name."""
+    notes: Mapping[str, int] | None = None
+    """Samples per ``<source>/<entry of NOTES>``; ``few_media`` = 1 when the range holds too few distinct media."""

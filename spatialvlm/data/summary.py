@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatialvlm.data.plan import PackingArgs, distinct_media, imbalance, make_items
-from spatialvlm.data.sample import NOTES, StepPlan
+from spatialvlm.data.sample import StepPlan, count_notes
 from spatialvlm.typing import CostCoefficients
 
 if TYPE_CHECKING:
@@ -50,12 +50,6 @@ def source_summary(lengths: LengthTable, mixture: Mixture, source: int) -> dict[
         "without_scene_id": int(index.info["no_known_id"]),
         **{size: quantiles(known[size]) for size in SIZES},
     }
-
-
-def count_notes(notes: Any) -> dict[str, int]:
-    """Samples per entry of ``NOTES``, without zeros."""
-    counts = {name: int(np.sum((notes >> bit) & 1)) for bit, name in enumerate(NOTES)}
-    return {name: count for name, count in counts.items() if count}
 
 
 @dataclass

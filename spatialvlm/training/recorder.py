@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,6 +83,7 @@ class Recorder:
         self._window: list[tuple[int, list[list[str]]]] = []
         self._shares: dict[str, dict[str, float]] = {}
         self._epochs: dict[str, float] = {}
+        self._notes: Counter[str] = Counter()
         self._started = time.perf_counter()
 
     def due(self, step: int) -> bool:
@@ -116,6 +119,7 @@ class Recorder:
     def _add_shares(self, source: Any) -> None:
         shares = getattr(source, "shares", None)
         self._epochs = dict(getattr(shares, "epochs", None) or {})
+        self._notes.update(getattr(shares, "notes", None) or {})
         for unit in ("samples", "tokens", "label_tokens", "patches"):
             counts = getattr(shares, unit, None)
             if counts:
@@ -164,13 +168,13 @@ class Recorder:
         interval.empty += empty
         interval.skipped += not applied and not empty
         if norms is not None:
+            interval.measured += 1
             interval.clipped += bool(norms["total"] > self.max_grad_norm)
         self._window.append((done, self._uids))
         if not applied and not empty:
             self._skipped(done, lrs, norms)
         if self.due(done):
             interval.stall_s += self.save.take_stall()
-            state.flops += interval.flops * self.processes.size
             self._line(state, lrs, norms)
         if self.progress is not None:
             self.progress.advance()
@@ -179,6 +183,7 @@ class Recorder:
         self, state: TrainState, lrs: Mapping[str, float], norms: Mapping[str, Tensor] | None
     ) -> None:
         scalars, losses = self.meter.read(state.step, lrs=lrs, norms=norms, faults=self.faults())
+        state.flops += self.meter.flops
         self._check_geometry(scalars)
         self._spikes(state, losses, scalars)
         scalars["spikes"] = float(state.spikes)
@@ -195,6 +200,7 @@ class Recorder:
                 }
         self._shares = {}
         scalars |= {f"data/epoch/{name}": value for name, value in self._epochs.items()}
+        scalars |= {f"data/notes/{name}": float(value) for name, value in self._notes.items()}
         self.last = scalars
         if self.trackers is not None:
             self.trackers.log(state.step - 1, scalars)
@@ -263,6 +269,13 @@ class Recorder:
                     "last_losses": [round(v, 6) for v in list(self.guard.losses)[-20:]],
                 }
                 append_json(self.folder.path / "nonfinite.jsonl", record)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens inside is no training: it counts for the speed of the interval, not for ``step_s``."""
+        started = time.perf_counter()
+        yield
+        self.meter.interval.pause_s += time.perf_counter() - started
 
     def evaluation(self, state: TrainState, scalars: Mapping[str, float]) -> None:
         """Scalars of an evaluation at this step border."""

@@ -147,11 +147,43 @@ def test_overlong_rows_leave_the_order(tiny_checkpoint, toy_config):
     tokens = build(toy_config(), folder).lengths.records[0]["tokens"]
     limit = int(np.sort(tokens)[-11])  # the ten longest are too long
     config = toy_config(packing={"max_length": limit}, data={"max_rejected_fraction": 0.5})
-    loader = build(config, folder)
+    said = []
+    loader = build(config, folder, report=said.append)
     assert loader.lengths.rejected(0) == {"overlong": 10}
+    wanted = f"source sp: 10 of 30 rows have more than packing.max_length={limit} tokens; left out"
+    assert wanted in said
     too_long = {f"sp/spatial#{row}" for row in np.flatnonzero(tokens > limit)}
     for step in loader:
         assert not too_long & set(uids(step))
+
+
+@pytest.mark.parametrize("lengths", ["exact", "lazy"])
+def test_shortened_samples_are_counted(tiny_checkpoint, toy_config, tmp_path, lengths):
+    """Said and recorded before the first step when lengths are known, with every step in any case."""
+    folder = tiny_checkpoint("qwen3vl")
+    tokens = build(toy_config(), folder).lengths.records[0]["tokens"]
+    data = {"overlong": "drop_frames", "media": {"min_frames": 2}, "lengths": lengths}
+    limit = int(np.max(tokens)) - 1  # only videos, of three frames, are that long
+    said = []
+    config = toy_config(
+        packing={"max_length": limit}, data=data | {"index_dir": str(tmp_path / "other")}
+    )
+    loader = build(config, folder, report=said.append)
+    found = [step.shares.notes.get("sp/frames_dropped", 0) for step in loader]
+    records = loader.lengths.records[0]
+    shortened = int(np.sum(records["tokens_removed"] > 0))
+    assert 0 < shortened <= sum(found)
+    *_, record = json.loads((tmp_path / "data.json").read_text()).values()
+    record = record["sources"]["sp"]
+    if lengths == "exact":
+        removed = int(records["tokens_removed"].sum())
+        text = f"(frames_dropped {shortened}; {removed} tokens removed)"
+        assert said == ["measuring 30 rows of sp", f"source sp: data.overlong shortened rows {text}",
+                        "measuring 14 rows of ge"]  # fmt: skip
+        assert record["shortened"] == {"frames_dropped": shortened}
+        assert (record["measured"], record["tokens_removed"]) == (30, removed)
+    else:
+        assert record["measured"] == 0
 
 
 def test_changed_file_is_noticed(tiny_checkpoint, toy_config, tmp_path, toy_data):
@@ -339,7 +371,8 @@ def test_diversity(tiny_checkpoint, toy_config, caplog):
     loader = build(toy_config(shared_prefix=fewer), folder)
     assert loader.mixture.branches == 1  # only rows drawn singly promise that many
     assert "groups hold at most 1" in loader.mixture.warnings[-1]
-    list(loader)
+    found = [step.shares.notes.get("few_media", 0) for step in loader]
+    assert 0 < sum(found) <= len(found)
     assert "distinct media, shared_prefix.min_media_per_step asks for 11" in caplog.text
     with pytest.raises(DataError, match=r"step \d+ holds \d+ distinct media"):
         list(build(toy_config(shared_prefix={**fewer, "diversity": "strict"}), folder))
