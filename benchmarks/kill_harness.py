@@ -3,11 +3,11 @@
     python benchmarks/kill_harness.py --kills 20 --out /tmp/kill --json benchmarks/results/kill.json
     python benchmarks/kill_harness.py --kills 200 --out /tmp/kill --seed 1  # nightly size, about 20 minutes
 
-One and two processes, DDP, ZeRO-1, ZeRO-2, ZeRO-3 and FSDP2 in turn, some with adapters or background saves; every
-second kill at a random moment of a random rank, the others at a point inside a save. Every case: run with ``kill -9``,
-then run again without help. Checked: the second run finishes, losses, rates and norms of every step, final weights,
-moments, random states, counters and data position are bitwise those of an undisturbed run, at least one verified
-checkpoint exists after the kill once one had been written, and no temporary file or directory is left.
+One and two processes, DDP, ZeRO-1, ZeRO-2, ZeRO-3 and FSDP2 in turn, the last three with adapters too, two with
+background saves; every second kill at a random moment of a random rank, the others at a point inside a save. Every
+case: run with ``kill -9``, then run again without help. Checked: the second run finishes, losses, rates and norms of
+every step, final weights, moments, random states, counters and data position are bitwise those of an undisturbed run,
+at least one verified checkpoint exists after the kill once one had been written, and nothing temporary is left.
 
 The sources are copied into ``<out>/source`` first and run from there, so editing them meanwhile changes nothing.
 """
