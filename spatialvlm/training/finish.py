@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from spatialvlm.config import TrainConfig
@@ -44,17 +46,42 @@ def close_run(
     if config.log.report:
         update_report(run.path, config)
     run.folder.unlock()
-    sys.stderr.write(
-        f"{outcome} at step {state.step}: {state.samples:,} samples, {state.tokens:,} tokens in "
-        f"{duration(state.wall_s)}; {run.path}\n"
-    )
+    sys.stderr.write(describe_end(run.path, values))
+
+
+def describe_end(path: Path, values: Mapping[str, Any]) -> str:
+    """The summary as it is printed: what was done, how fast, what went wrong, where it is.
+
+    Args:
+        path: Run folder.
+        values: From :func:`summary`.
+    """
+    speed = f"{values['tokens_per_s']:,.0f} tokens/s"
+    if values["mfu"] is not None:
+        speed += f", MFU {values['mfu']:.1%}"
+    lines = [
+        f"{values['outcome']} at step {values['steps']:,}: {values['samples']:,} samples, {values['tokens']:,} tokens in "
+        f"{duration(values['wall_s'])} ({values['device_hours']:,.2f} device hours, {speed})"
+    ]
+    if "loss" in values["final"]:
+        counted = ", ".join(f"{values[name]} {name}" for name in ("skipped", "empty", "spikes"))
+        faults = sum(values["faults"].values())
+        lines.append(
+            f"last loss {values['final']['loss']:.4f}; steps: {counted}; broken samples: {faults:.0f}"
+        )
+    lines.append(f"checkpoint {path / values['checkpoint']}")
+    if values["export"]:
+        lines.append(f"model {path / values['export']}")
+    return "\n".join(lines) + "\n"
 
 
 def summary(run: OpenRun, state: TrainState, session: Session, outcome: Outcome) -> dict[str, Any]:
-    """Totals of the run as plain values."""
+    """Totals of the run as plain values; utilisation is the mean over all attempts, faults are those of this one."""
     last = session.record.last
     size = run.processes.size
     seconds = max(state.wall_s, 1e-9)
+    rate = state.flops / seconds / size
+    meter = session.record.meter
     return {
         "outcome": outcome,
         "steps": state.step,
@@ -64,12 +91,15 @@ def summary(run: OpenRun, state: TrainState, session: Session, outcome: Outcome)
         "wall_s": round(state.wall_s, 2),
         "device_hours": round(state.wall_s * size / 3600, 4),
         "tokens_per_s": round(state.tokens / seconds, 1),
-        "tflops_per_device": round(state.flops / seconds / size / 1e12, 4),
-        "mfu": last.get("mfu"),
-        "mfu_gemm": last.get("mfu_gemm"),
+        "tflops_per_device": round(rate / 1e12, 4),
+        "mfu": rate / meter.peak if meter.peak else None,
+        "mfu_gemm": rate / meter.gemm if meter.gemm else None,
         "skipped": state.skipped,
         "empty": state.empty,
         "spikes": state.spikes,
+        "faults": {
+            k.removeprefix("faults/"): v for k, v in last.items() if k.startswith("faults/")
+        },
         "final": {k: v for k, v in last.items() if k.startswith("loss") or k == "token_acc"},
         "checkpoint": f"checkpoints/step-{state.step:08d}",
         "export": "final" if outcome == "finished" and (run.path / "final").is_dir() else None,

@@ -119,7 +119,8 @@ def train(
             save(state, engine)
         if eval_fn is not None and run.eval_every and state.step % run.eval_every == 0:
             watch.at(done, "eval")
-            record.evaluation(state, eval_fn(state, engine))
+            with record.pause():
+                record.evaluation(state, eval_fn(state, engine))
     return "finished"
 
 

@@ -148,7 +148,11 @@ class Interval:
     optimizer_s: float = 0.0
     """Gradient norms, clipping, update."""
     stall_s: float = 0.0
-    """Saves and evaluation."""
+    """Saves."""
+    pause_s: float = 0.0
+    """Evaluations."""
+    measured: int = 0
+    """Steps whose gradient norms were read; under ZeRO only those that end an interval."""
     clipped: int = 0
     skipped: int = 0
     empty: int = 0
@@ -194,6 +198,9 @@ class Meter:
         self.max_tokens = max_tokens
         self.peak = peak
         self.gemm: float | None = None
+        """Matrix-product rate of this process in FLOP/s, measured at the first line."""
+        self.flops = 0.0
+        """FLOPs of all ranks in the interval of the newest line."""
         self.interval = Interval()
         self._step_times: deque[float] = deque(maxlen=50)
 
@@ -226,6 +233,7 @@ class Meter:
             reduced, [len(own), size, len(broken), len(flat)]
         )
         total = dict(zip(_SUMMED, counted.tolist(), strict=True))
+        self.flops = total["flops"]
         losses, scalars = self.sums.read(sums)
         wall = max(time.perf_counter() - mine.started, 1e-9)
         extremes = torch.tensor(
@@ -244,14 +252,14 @@ class Meter:
         if norms is not None:
             scalars |= {f"grad_norm/{part}": float(norm) for part, norm in norms.items()}
         scalars |= {
-            "clipped": mine.clipped / steps,
+            "clipped": mine.clipped / max(mine.measured, 1),
             "skipped": float(mine.skipped),
             "empty": float(mine.empty),
             "tokens": total["tokens"],
             "tokens_per_s": total["tokens"] / wall,
             "supervised_tokens_per_s": total["label_tokens"] / wall,
             "samples_per_s": total["samples"] / wall,
-            "step_s": (wall - mine.stall_s) / steps,
+            "step_s": (wall - mine.stall_s - mine.pause_s) / steps,
             "forward_backward_s": total["compute_s"] / size / steps,
             "optimizer_s": total["optimizer_s"] / size / steps,
             "data_wait": total["wait_s"] / size / wall,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -196,10 +197,15 @@ def open_run(config: TrainConfig, arguments: Arguments, processes: Processes) ->
         if processes.is_main:
             folder.unlock()
         raise
+    hosts = set(processes.gather(socket.gethostname()))
     if processes.is_main:
         (path / "config.resolved.yaml").write_text(text, encoding="utf-8")
         known = environment(
-            world_size=processes.size, seed=config.run.seed, overrides=arguments.overrides
+            world_size=processes.size,
+            hosts=len(hosts),
+            seed=config.run.seed,
+            recipe=str(arguments.config),
+            overrides=arguments.overrides,
         )
         write_json(path / "environment.json", known)
         folder.record(

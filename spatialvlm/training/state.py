@@ -252,12 +252,16 @@ def git_revision(folder: Path) -> dict[str, Any]:
     return {"commit": found["commit"], "dirty": bool(found["status"])}
 
 
-def environment(*, world_size: int, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
+def environment(
+    *, world_size: int, hosts: int, seed: int, recipe: str, overrides: Sequence[str]
+) -> dict[str, Any]:
     """What ``environment.json`` holds; environment variables are never part of it.
 
     Args:
         world_size: Number of processes.
+        hosts: Number of machines.
         seed: ``run.seed``.
+        recipe: The YAML file as it was typed.
         overrides: Command-line overrides; only their keys are written.
     """
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -267,11 +271,25 @@ def environment(*, world_size: int, seed: int, overrides: Sequence[str]) -> dict
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "cuda": torch.version.cuda if gpus else None,
+        "driver": _first_line("/proc/driver/nvidia/version", "NVRM version:"),
         "gpus": gpus,
+        "cpu": _first_line("/proc/cpuinfo", "model name") or platform.machine(),
         "cpus": os.cpu_count(),
         "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "threads": torch.get_num_threads(),
         "world_size": world_size,
+        "hosts": hosts,
         "seed": seed,
+        "recipe": recipe,
         "overridden": sorted(item.partition("=")[0] for item in overrides),
     }
+
+
+def _first_line(path: str, start: str) -> str | None:
+    """Rest of the first line of a system file that begins with ``start``; ``None`` where there is no such file."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    found = (line.removeprefix(start).strip(" :\t") for line in lines if line.startswith(start))
+    return next(found, None)

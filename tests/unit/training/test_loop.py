@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ from spatialvlm.models.device import HOST_READ, to_device
 from spatialvlm.training.checkpoint import CheckpointStore, Snapshot, checkpoints_in
 from spatialvlm.training.distributed import Processes, StepHeader, exchange
 from spatialvlm.training.engines import make_engine
+from spatialvlm.training.finish import describe_end
 from spatialvlm.training.guard import Guard
 from spatialvlm.training.loop import Fetcher, Run, train
 from spatialvlm.training.loss import LossSums
-from spatialvlm.training.metrics import Meter, pack_size
+from spatialvlm.training.metrics import Interval, Meter, pack_size
 from spatialvlm.training.optim import make_schedule
 from spatialvlm.training.recorder import Recorder
 from spatialvlm.training.saver import Saver
@@ -159,6 +162,57 @@ def test_nan_from_the_geometry_branch_ends_the_run_at_the_log_line(tmp_path, mon
     assert bench.state.step == 8
     assert bench.lines()[-1]["geometry/norm_ratio"] == 0.5
     assert bench.lines()[-1]["step"] == 4
+
+
+def test_clipping_is_a_share_of_the_steps_whose_norms_were_read(tmp_path):
+    """Under ZeRO these are the steps that end an interval."""
+    bench = Bench(tmp_path, FakeLoader())
+    every = bench.engine.grad_norms
+    bench.record.max_grad_norm = 0.0
+
+    def as_zero(*, due):
+        bench.engine._norms = every(due=True)
+        return bench.engine._norms if due else None
+
+    apply = bench.engine.step
+    bench.engine.grad_norms = as_zero
+    bench.engine.step = lambda norms: apply(bench.engine._norms)
+    assert bench.train() == "finished"
+    assert [line["clipped"] for line in bench.lines()] == [1.0] * 6
+
+
+def test_evaluation_is_no_time_of_a_step(tmp_path, monkeypatch):
+    """One second of evaluation on a clock that stands still otherwise."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    bench = Bench(tmp_path, FakeLoader(), steps=4, every=9)
+    bench.run = Run(ONE, bench.run.schedule, eval_every=2)
+    meter = bench.record.meter
+    meter.gemm, meter.interval = 1.0, Interval(started=0.0)
+
+    def evaluate(state, engine):
+        now[0] += 1.0
+        return {"eval/loss": 1.0}
+
+    assert bench.train(eval_fn=evaluate) == "finished"
+    assert [line["step_s"] for line in bench.lines() if "loss" in line] == pytest.approx(
+        [0.0] * 4, abs=1e-6
+    )
+    assert bench.state.wall_s == 1.0  # the evaluation after the last step is after the last line
+
+
+def test_the_printed_summary_says_what_happened_and_where_it_is():
+    values = {
+        "outcome": "finished", "steps": 2000, "samples": 16000, "tokens": 3_200_000, "tokens_per_s": 4437.1, "mfu": 0.412,
+        "wall_s": 721.0, "device_hours": 1.6, "final": {"loss": 0.3712}, "skipped": 1, "empty": 0, "spikes": 3,
+        "faults": {"media": 2.0}, "checkpoint": "checkpoints/step-00002000", "export": "final",
+    }  # fmt: skip
+    assert describe_end(Path("runs/a"), values).splitlines() == [
+        "finished at step 2,000: 16,000 samples, 3,200,000 tokens in 12:01 (1.60 device hours, 4,437 tokens/s, MFU 41.2%)",
+        "last loss 0.3712; steps: 1 skipped, 0 empty, 3 spikes; broken samples: 2",
+        "checkpoint runs/a/checkpoints/step-00002000",
+        "model runs/a/final",
+    ]
 
 
 def test_tensors_read_on_the_host_stay_there():
