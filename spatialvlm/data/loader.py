@@ -189,6 +189,8 @@ class StepLoader:
             stop = position + wanted.lookahead
             draws = self.mixture.draws(position, stop if end is None else min(stop, end))
             draws, sizes = self._usable(draws, step)
+            if pack:  # the window was begun before: its unusable rows are recorded
+                self._planned_faults.clear()
             window = plan_step(draws, sizes, self.cost, wanted.packs_per_step, self.packing)
             parts = split_window(window, draws, sizes, self.world.size, step - pack)
             for number, (plan, mask) in list(enumerate(parts))[pack:]:
@@ -230,6 +232,8 @@ class StepLoader:
 
             chosen = replacement(self.mixture, first, usable)
             for at in members.tolist():
+                if chosen is None and sizes["tokens"][at]:
+                    continue  # fine by itself, and there is no other unit
                 draw = Draw(*draws[at].item())
                 row = -1 if chosen is None else int(chosen[1][draw.branch])
                 if draw.position % self.world.size == self.world.rank:
@@ -255,6 +259,7 @@ class StepLoader:
 
     def __iter__(self) -> Iterator[StepBatches]:
         pending: deque[_Pending] = deque()
+        self._planned_faults.clear()  # of plans that nobody asked batches of
         plans = self.plans()
         ahead = self.prefetch_steps if self.pool else 0
         try:

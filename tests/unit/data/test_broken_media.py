@@ -141,6 +141,53 @@ def test_rows_found_unusable_while_planning(toy_data, folder, toy_config, tmp_pa
     assert not used & {event["uid"] for event in found}
 
 
+def test_rows_of_a_window_are_recorded_once(toy_data, folder, toy_config, tmp_path):
+    """Also when the run is continued inside the window, or its plans were looked at before."""
+    copy = tmp_path / "copy"
+    shutil.copytree(toy_data, copy)
+    (copy / "s1" / "v0_0.5.png").unlink()
+    config = toy_config(
+        sources=sources(copy),
+        data={"lengths": "lazy", "length": {"steps": 4}, **TOLERANT},
+        step={"unit": "packs", "lookahead": 60, "packs_per_step": 2, "global_batch_size": 12},
+        packing={"max_tokens": 300},
+    )
+    loader = run(config, folder, tmp_path, "whole")
+    assert len(list(loader.plans())) == 4
+    for _ in loader:
+        if loader.state_dict()["step"] == 2:
+            state = loader.state_dict()
+    assert state["pack"] == 2
+    recorded = events(tmp_path, "whole")
+    assert {event["uid"] for event in recorded} == {f"sp/spatial#{row}" for row in range(5, 10)}
+    assert len(recorded) == 5
+    again = run(config, folder, tmp_path, "again", state=state)
+    list(again)
+    assert events(tmp_path, "again") == []
+    assert again.state_dict()["faults"] == loader.state_dict()["faults"] == [5, 0]
+
+
+def test_only_unusable_rows_of_a_unit_without_replacement_are_left_out(
+    toy_data, folder, toy_config, tmp_path
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(toy_data, copy)
+    rows = (copy / "spatial.jsonl").read_text().splitlines()[:4]  # one unit
+    (copy / "spatial.jsonl").write_text(
+        "\n".join(rows).replace('"left left "', f'"{"long " * 2000}"')
+    )
+    config = toy_config(
+        sources=sources(copy)[:1],
+        data={"families": {"spatial": 1}, "lengths": "lazy", "max_bad_fraction": 1.0},
+        step={"global_batch_size": 4},
+        shared_prefix={"min_media_per_step": 1},
+    )
+    (step,) = run(config, folder, tmp_path)
+    assert sorted(uids([step])[0][0]) == [f"sp/spatial#{row}" for row in (0, 2, 3)]
+    assert [event["uid"] for event in events(tmp_path)] == ["sp/spatial#1"]
+    assert events(tmp_path)[0]["reason"] == "overlong"
+
+
 def test_exact_lengths_take_unusable_rows_out_of_the_order(toy_data, folder, toy_config, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(toy_data, copy)
