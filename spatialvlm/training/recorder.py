@@ -207,7 +207,6 @@ class Recorder:
         if self.progress is not None:
             self.progress.show(state.step, scalars)
         if self.processes.is_main:
-            self.folder.heartbeat()
             self.folder.record(state="running", step=state.step)
 
     def _check_geometry(self, scalars: Mapping[str, float]) -> None:

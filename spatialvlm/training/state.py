@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -22,8 +21,7 @@ import torch
 from torch import Tensor
 
 from spatialvlm.errors import CheckpointError, LaunchError
-
-LOCK_STALE_S = 600.0
+from spatialvlm.training.lock import FolderLock
 
 
 @dataclass(slots=True)
@@ -138,6 +136,7 @@ class RunFolder:
     def __init__(self, path: Path, *, private: bool) -> None:
         self.path = path
         self.private = private
+        self._lock = FolderLock(path)
         self._record: dict[str, Any] = {}
 
     def open(self) -> dict[str, Any]:
@@ -154,7 +153,7 @@ class RunFolder:
         except OSError as error:
             msg = f"run.dir={self.path} cannot be written: {error}. Choose another directory."
             raise LaunchError(msg) from error
-        self._lock()
+        self._lock.take()
         record_path = self.path / "run.json"
         previous: dict[str, Any] = {}
         if record_path.is_file():
@@ -167,46 +166,14 @@ class RunFolder:
         self._record = dict(previous)
         return previous
 
-    def _lock(self) -> None:
-        path = self.path / "lock"
-        me = {"host": socket.gethostname(), "pid": os.getpid()}
-        if path.is_file():
-            try:
-                other = dict(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError):
-                other = {}
-            age = time.time() - path.stat().st_mtime
-            same_host = other.get("host") == me["host"]
-            alive = same_host and _alive(int(other.get("pid", -1)))
-            if other.get("pid") != me["pid"] and (alive or (not same_host and age < LOCK_STALE_S)):
-                raise LaunchError(
-                    f"{self.path} is in use by process {other.get('pid')} on {other.get('host')}. Wait for it, "
-                    f"stop it, or choose another run.dir. If it is gone, delete {path}."
-                )
-        write_json(path, me)
-
-    def heartbeat(self) -> None:
-        """Show other hosts that this run is alive."""
-        os.utime(self.path / "lock")
-
     def unlock(self) -> None:
         """Give the folder free."""
-        (self.path / "lock").unlink(missing_ok=True)
+        self._lock.release()
 
     def record(self, **changes: Any) -> None:
         """Update ``run.json`` atomically."""
         self._record.update(changes, updated=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         write_json(self.path / "run.json", self._record)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid > 0
 
 
 def versions() -> dict[str, str]:

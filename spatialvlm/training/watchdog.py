@@ -19,6 +19,8 @@ from typing import Any
 
 PHASES = ("data", "exchange", "forward", "backward", "optimizer", "log", "save", "eval")
 EXIT_HANG = 5
+ANSWER_S = 3.0
+"""How long the store may take to tell where all ranks are."""
 
 
 @dataclass(slots=True)
@@ -56,6 +58,15 @@ def diagnose(beats: Sequence[Heartbeat], timeout_s: float, now: float) -> str:
     )
 
 
+def silence(own: Heartbeat, timeout_s: float) -> str:
+    """The message of a hang when the store with the heartbeats hangs as well."""
+    return (
+        f"HangError: no progress for {timeout_s:.0f} s. Rank {own.rank} ({own.host}) waits in '{own.phase}' of step "
+        f"{own.step}, and the store of rank 0 on {os.environ.get('MASTER_ADDR', 'localhost')} does not answer: rank 0, "
+        "its launcher or that machine is stopped. Stacks: hang-rank*.txt"
+    )
+
+
 class Watchdog:
     """Daemon thread that publishes this rank's place and ends the process when nothing moves.
 
@@ -90,11 +101,11 @@ class Watchdog:
         self._moved = time.monotonic()
         self._first_done = False
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
         """Begin watching."""
-        self._thread.start()
+        for target in (self._watch, *([self._publish] if self.size > 1 else [])):
+            threading.Thread(target=target, name="watchdog", daemon=True).start()
 
     def stop(self) -> None:
         """End of the run."""
@@ -115,33 +126,52 @@ class Watchdog:
         return self.timeout_s if self._first_done else max(self.timeout_s, self.first_timeout_s)
 
     def _watch(self) -> None:
-        store = _store() if self.size > 1 else None
-        while True:
-            # Published before the first wait: a rank that stops early is then known, and named.
-            beat = self.beat
-            if store is not None:
-                store.set(f"heartbeat/{beat.rank}", json.dumps(asdict(beat)))
+        while not self._stop.wait(self.period_s):
             if time.monotonic() - self._moved > self.limit():
-                self._give_up(store)
+                self._give_up()
+
+    def _publish(self) -> None:
+        """A thread of its own: the store lives in another process, which may be the one that is stopped."""
+        store = _store()
+        while True:
+            # Before the first wait: a rank that stops early is then known, and named.
+            store.set(f"heartbeat/{self.beat.rank}", json.dumps(asdict(self.beat)))
             if self._stop.wait(self.period_s):
                 return
 
-    def _give_up(self, store: Any) -> None:
+    def _beats_of_all(self) -> list[Heartbeat] | None:
+        """Where all ranks are; ``None`` when the store does not answer."""
         beats = [self.beat]
-        if store is not None:
+        if self.size == 1:
+            return beats
+
+        def read() -> None:
+            store = _store()
             for rank in range(self.size):
                 if rank != self.beat.rank and store.check([f"heartbeat/{rank}"]):
                     values = json.loads(store.get(f"heartbeat/{rank}").decode())
                     beats.append(Heartbeat(**{**values, "uids": tuple(values["uids"])}))
-        path = self.folder / f"hang-rank{self.beat.rank}.txt"
-        message = diagnose(beats, self.limit(), time.time())
-        with path.open("w", encoding="utf-8") as file:
-            file.write(message + "\n\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
+
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        reader.join(ANSWER_S)
+        return None if reader.is_alive() else beats
+
+    def _give_up(self) -> None:
+        beats = self._beats_of_all()
+        if beats is None:
+            message = silence(self.beat, self.limit())
+        else:
+            message = diagnose(beats, self.limit(), time.time())
         sys.stderr.write(message + "\n")
         sys.stderr.flush()
-        os._exit(EXIT_HANG)
+        try:
+            with (self.folder / f"hang-rank{self.beat.rank}.txt").open("w") as file:
+                file.write(message + "\n\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        finally:  # a full disk may be what everybody waits for
+            os._exit(EXIT_HANG)
 
 
 def _store() -> Any:

@@ -45,9 +45,11 @@ def main() -> int:
     impatient = out / "impatient.yaml"
     impatient.write_text(text)
     hung = harness.Bench(out / "runs", impatient, "zero2", 2)
-    codes, seconds = hung.run(out / "runs" / "hung", fault="loop.data@3:1:stop")
-    dump = out / "runs" / "hung" / "hang-rank0.txt"
-    found["hung"] = [codes, seconds, dump.read_text() if dump.is_file() else ""]
+    for late in (0, 1):  # rank 0 also keeps the heartbeats
+        run_dir = out / "runs" / f"hung{late}"
+        codes, seconds = hung.run(run_dir, fault=f"loop.data@3:{late}:stop")
+        dump = run_dir / f"hang-rank{1 - late}.txt"
+        found[f"hung{late}"] = [codes, seconds, dump.read_text() if dump.is_file() else ""]
 
     broken = harness.write_inputs(out / "broken")
     text = broken.read_text().replace("{name: squares,", "{name: squares, max_bad_fraction: 0.0,")

@@ -26,11 +26,21 @@ def found(tmp_path_factory):
 
 @pytest.mark.fault
 def test_a_stopped_rank_ends_the_run_and_is_named(found):
-    codes, _, dump = found["hung"]
+    codes, seconds, dump = found["hung1"]
     assert codes == [5, -9]
     assert "HangError: no progress for 6 s. Rank 1" in dump
     assert "1 ranks wait in 'exchange' of step 3" in dump
     assert "loop.py" in dump  # the stacks
+    assert seconds < 36  # the collectives would give up after 6 + 30 s
+
+
+@pytest.mark.fault
+def test_a_stopped_rank_0_takes_the_heartbeats_with_it_and_is_named(found):
+    codes, seconds, dump = found["hung0"]
+    assert codes == [-9, 5]
+    assert "Rank 1" in dump
+    assert "the store of rank 0 on 127.0.0.1 does not answer" in dump
+    assert seconds < 36
 
 
 @pytest.mark.fault
