@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spatialvlm.config import TrainConfig, dump_yaml, read_yaml
+from spatialvlm.config.geometry import PositionsConfig
 from spatialvlm.errors import USER_ERRORS, CheckpointError, ConfigError, LaunchError
 from spatialvlm.training.checkpoint import (
     CheckpointStore,
@@ -186,6 +187,8 @@ def open_run(config: TrainConfig, arguments: Arguments, processes: Processes) ->
     run.stop.install()
     for name, digest in lineage.get("code", {}).items():
         run.say(f"trusted code of {config.model.init_from}: {name} sha256 {digest}")
+    if (note := other_size(config, base)) is not None:
+        run.say(f"warning: {note}")
     if config.stage == 2 and lineage.get("stage") is None:
         run.say(
             f"warning: model.init_from={config.model.init_from} is no export of stage 1; without stage 1 SSR's ablation "
@@ -405,8 +408,26 @@ def check_base(
                 f"{record.get('step')}. Finish it, or set model.allow_unfinished=true."
             )
         lineage |= {"stage": record.get("stage"), "step": record.get("step")}
-        _check_manifest(path)
+        lineage |= _check_manifest(path)
+        lineage |= _check_positions(config, path.parent / "config.resolved.yaml")
     return path, lineage
+
+
+def _check_positions(config: TrainConfig, saved: Path) -> dict[str, Any]:
+    """A stage that follows another one must count positions like it; returns the hash of the earlier settings."""
+    if not saved.is_file():
+        return {}
+    keys = ("time_2d", "text_after_vision")  # the third one concerns spatial tokens only
+    geometry = read_yaml(saved).get("geometry") or {}
+    before = PositionsConfig(**geometry.get("positions", {}))
+    now = PositionsConfig() if config.geometry is None else config.geometry.positions
+    for key in keys:
+        if getattr(before, key) != getattr(now, key):
+            raise ConfigError(
+                f"geometry.positions.{key}={getattr(now, key)}, but model.init_from={config.model.init_from} was trained "
+                f"with {getattr(before, key)}. Use the same value in both stages."
+            )
+    return {"config_sha256": hashlib.sha256(saved.read_bytes()).hexdigest()}
 
 
 def _check_backbone(config: TrainConfig, path: Path) -> None:
@@ -423,6 +444,23 @@ def _check_backbone(config: TrainConfig, path: Path) -> None:
             f"model.init_from={path} is a {found!r} model, model.backbone={config.model.backbone} a {expected!r}. "
             "Change one of them."
         )
+
+
+def other_size(config: TrainConfig, folder: Path) -> str | None:
+    """A warning when a model directory is another size of the family than ``model.backbone``."""
+    found = _read_json(folder / "config.json", "model configuration")
+    found = (
+        found.get("text_config") or found
+    )  # the hub's Qwen2.5-VL has no section for the language model
+    expected = backbone_config(config.model.backbone)["text_config"]
+    sizes = [(text.get("num_hidden_layers"), text.get("hidden_size")) for text in (found, expected)]
+    if sizes[0] == sizes[1]:
+        return None
+    (layers, width), (own_layers, own_width) = sizes
+    return (
+        f"model.init_from={config.model.init_from} has {layers} layers of width {width}, model.backbone="
+        f"{config.model.backbone} {own_layers} of {own_width}; estimates of memory and time are for the latter"
+    )
 
 
 def _remote_code(config: TrainConfig, folder: Path, *, trusted: bool) -> dict[str, Any]:
@@ -525,10 +563,11 @@ def folder_manifest(folder: Path) -> dict[str, list[Any]]:
     }
 
 
-def _check_manifest(folder: Path) -> None:
+def _check_manifest(folder: Path) -> dict[str, Any]:
+    """Every exported file is as it was written; returns the hash of the list."""
     path = folder.parent / f"{folder.name}.manifest.json"
     if not path.is_file():
-        return
+        return {}
     expected = _read_json(path, "list of exported files")
     for name, (size, digest) in expected.items():
         file = folder / name
@@ -538,6 +577,7 @@ def _check_manifest(folder: Path) -> None:
             )
         if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
             raise CheckpointError(f"{file} has another sha256 than when it was exported.")
+    return {"manifest_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def update_report(run_dir: Path, config: TrainConfig) -> None:
