@@ -243,7 +243,7 @@ def launches(arguments: argparse.Namespace, config: Path, out: Path) -> tuple[li
             return history, problems
         if codes[ending.rank] != EXPECTED[ending.kind]:
             problems.append(f"{ending} ended with {codes}, expected {EXPECTED[ending.kind]}: {(out / 'run.log').read_text()[-2000:]}")  # fmt: skip
-        saved = [int(p.name[5:]) for p in (run_dir / "checkpoints").glob("step-*") if p.suffix != ".tmp"]  # fmt: skip
+        saved = [int(p.name[5:]) for p in (run_dir / "checkpoints").glob("step-????????")]  # fmt: skip
         reached = max(saved, default=0)
         if reached < ending.step - SAVE_EVERY:
             problems.append(f"after {ending} the newest checkpoint is of step {reached}")

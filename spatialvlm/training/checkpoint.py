@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -108,6 +109,12 @@ def _fsync_folder(path: Path) -> None:
 def step_of(path: Path) -> int:
     """Step number in a checkpoint's name."""
     return int(path.name.removeprefix("step-"))
+
+
+def manifest_of(path: Path) -> dict[str, Any]:
+    """What a verified checkpoint says about itself."""
+    manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    return manifest
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -390,7 +397,7 @@ class CheckpointStore:
             problem = self._problem(path)
             if not problem:
                 self._newest = path
-                return path, rejected + damaged
+                return path, rejected + damaged + self.set_aside_newer(step_of(path))
             damaged.append(problem)
         if damaged:
             raise CheckpointError(
@@ -407,6 +414,26 @@ class CheckpointStore:
             shutil.rmtree(leftover, ignore_errors=True)
             removed.append(f"{leftover.name}: left by an interrupted save or clean-up, removed")
         return removed
+
+    def set_aside_newer(self, step: int) -> list[str]:
+        """Rename checkpoints of later steps than the one a run goes on from; returns what was done.
+
+        They are damaged, or belong to a past the run has left. Kept under their name, a later start would take them
+        for this run's, and they would count among the ``keep_last`` while good ones are deleted.
+        """
+
+        def rename() -> list[str]:
+            done = []
+            for path in checkpoints_in(self.folder):
+                if step_of(path) <= step:
+                    continue
+                names = (f"{path.name}.rejected{n or ''}" for n in itertools.count())
+                aside = next(p for p in map(path.with_name, names) if not p.exists())
+                path.rename(aside)
+                done.append(f"{path.name}: later than step {step}, set aside as {aside.name}")
+            return done
+
+        return self.processes.on_main(rename)
 
     def _problem(self, path: Path) -> str:
         """First thing wrong with a checkpoint, or nothing; equal on all ranks, which divide the hashing."""
@@ -630,8 +657,7 @@ def load_checkpoint(path: Path, engine: Engine, processes: Processes) -> dict[st
         raise CheckpointError(f"{path}: train_state.json cannot be used: {error}") from error
     load_slices(path, engine.slices(loading=True), engine.groups)
     engine.after_load(int(counters["adam_step"]))
-    manifest = json.loads((path / "manifest.json").read_text())
-    state["same_world"] = manifest["world_size"] == processes.size
+    state["same_world"] = manifest_of(path)["world_size"] == processes.size
     return state
 
 

@@ -21,6 +21,7 @@ from spatialvlm.training.checkpoint import (
     Snapshot,
     checkpoints_in,
     load_checkpoint,
+    manifest_of,
     restore_rng,
 )
 from spatialvlm.training.distributed import Processes, same_everywhere
@@ -120,7 +121,7 @@ class OpenRun:
         """Last thing before the loop: continue the random generators, or re-seed after a change of world size."""
         if self.checkpoint is None:
             return
-        manifest = json.loads((self.checkpoint / "manifest.json").read_text())
+        manifest = manifest_of(self.checkpoint)
         if manifest["world_size"] == self.processes.size:
             restore_rng(self.checkpoint, self.processes)
         else:
@@ -216,7 +217,7 @@ def open_run(config: TrainConfig, arguments: Arguments, processes: Processes) ->
             owner=owner(),
             stage=config.stage,
             attempts=attempt,
-            step=0 if run.checkpoint is None else int(run.checkpoint.name[5:]),
+            step=0 if run.checkpoint is None else manifest_of(run.checkpoint)["step"],
             reason=None,
             started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
@@ -247,6 +248,8 @@ def _choose_checkpoint(run: OpenRun) -> None:
         run.processes.on_main(lambda: _compare(run.config, run.checkpoint))
     if run.checkpoint is not None:
         same_base(run.config, run.lineage, run.checkpoint)
+        for line in store.set_aside_newer(manifest_of(run.checkpoint)["step"]):
+            run.say(f"the run goes back to an earlier checkpoint: {line}")
 
 
 def same_base(config: TrainConfig, lineage: Mapping[str, Any], checkpoint: Path) -> None:
@@ -260,7 +263,7 @@ def same_base(config: TrainConfig, lineage: Mapping[str, Any], checkpoint: Path)
     Raises:
         CheckpointError: The weights changed.
     """
-    manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    manifest = manifest_of(checkpoint)
     before, now = manifest["lineage"].get("fingerprint"), lineage["fingerprint"]
     if before not in (None, now):
         raise CheckpointError(

@@ -55,6 +55,25 @@ def test_damaged_checkpoints_are_named_and_never_thrown_away(run, recipe, tmp_pa
     assert f"The model is in {out / 'final'}." in text
 
 
+def test_going_back_to_an_earlier_checkpoint_leaves_the_later_ones_behind(
+    run, recipe, tmp_path, capsys
+):
+    """Otherwise the next start would continue what the user has gone back from, without a word."""
+    config, out = recipe(1, "qwen3vl"), tmp_path / "run"
+    every = (f"run.dir={out}", "checkpoint.every=2")
+    assert run(1, config, *every, "run.stop_after_steps=4") == 0
+    copy = shutil.copytree(out / "checkpoints" / "step-00000002", tmp_path / "good")
+    capsys.readouterr()
+    assert run(1, config, *every, f"run.resume={copy}", "run.stop_after_steps=1") == 0
+    text = capsys.readouterr().err
+    assert "resumed good: step 2" in text
+    assert "step-00000004: later than step 2, set aside as step-00000004.rejected" in text
+    assert record(out)["step"] == 3
+    assert run(1, config, *every) == 0
+    assert "resumed step-00000003" in capsys.readouterr().err
+    assert losses(out)[-3:] == pytest.approx(json.loads(GOLDEN.read_text())[-3:], rel=1e-5)
+
+
 def test_other_weights_under_the_same_name_are_refused(
     run, recipe, tiny_checkpoint, tmp_path, capsys
 ):
