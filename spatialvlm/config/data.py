@@ -37,6 +37,8 @@ class SourceMediaConfig(Section):
     """Smallest image after resizing, in pixels."""
     max_pixels: PositiveInt | None = None
     """Largest image after resizing, in pixels."""
+    video_max_pixels: PositiveInt | None = None
+    """Largest video frame after resizing, in pixels."""
     video_total_pixels: PositiveInt | None = None
     """Largest sum of pixels over the frames of one video."""
 
@@ -122,7 +124,9 @@ class MediaConfig(Section):
     min_pixels: PositiveInt | None = None
     """Smallest image after resizing; ``None`` = the checkpoint's processor."""
     max_pixels: PositiveInt | None = None
-    """Largest image after resizing; ``None`` = the checkpoint's processor."""
+    """Largest image or video frame after resizing; ``None`` = the checkpoint's processor."""
+    video_max_pixels: PositiveInt | None = None
+    """Largest video frame after resizing; ``None`` = ``max_pixels``."""
     video_total_pixels: PositiveInt | None = None
     """Largest sum of pixels over the frames of one video; ``None`` = the checkpoint's processor."""
     max_tiles: PositiveInt = 1

@@ -263,6 +263,7 @@ def media_policy(
     return policy.with_budget(
         min_pixels=pick("min_pixels"),
         max_pixels=pick("max_pixels"),
+        video_max_pixels=pick("video_max_pixels"),
         video_total_pixels=pick("video_total_pixels"),
         frames=pick("frames"),
         num_frames=pick("num_frames"),

@@ -112,7 +112,11 @@ def build_probe(
     media = config.data.media
     template = ChatTemplate.from_checkpoint(base)
     policy = MediaPolicy.from_processor(load_processor(base)).with_budget(
-        min_pixels=media.min_pixels, max_pixels=media.max_pixels, temporal=layout.tau
+        min_pixels=media.min_pixels,
+        max_pixels=media.max_pixels,
+        video_max_pixels=media.video_max_pixels,
+        video_total_pixels=media.video_total_pixels,
+        temporal=layout.tau,
     )
 
     def complete(packs: list[Any], max_new_tokens: int) -> list[list[list[int]]]:

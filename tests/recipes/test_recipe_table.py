@@ -72,10 +72,38 @@ MARKS = {
     },
     "stage1/qwen2_5vl_7b_internspatial": {"model": "P", "length": "S", "sources": "P", "step": "S"},
 }  # fmt: skip
+# What the media section sets, by the end of a recipe's name; everything else is the checkpoint's.
+UNIFORM = {"num_frames": 32}
+FPS2 = {"frames": "fps", "fps": 2.0}
+MEDIA = {
+    **{f"stage1/{f}_ssr2d": UNIFORM for f in (*BIG, "qwen2_5vl_3b")},
+    **{name: UNIFORM for name in TABLE if name.startswith("stage2/")},
+    **{f"stage1/{f}_openspatial": FPS2 | {"max_pixels": 3_211_264, "video_total_pixels": 10_276_044} for f in ("qwen2_5vl_7b", "qwen2_5vl_3b")},
+    "stage1/qwen3vl_8b_openspatial": FPS2 | {"max_pixels": 3_211_264, "video_total_pixels": 13_421_772},
+    "stage1/internvl3_8b_openspatial": FPS2 | {"max_tiles": 12},
+    "stage1/qwen3vl_8b_sensenova_si": {"frames": "fps", "fps": 1.0, "max_frames": 512, "video_max_pixels": 50_176, "video_total_pixels": 512 * 50_176},
+    "stage1/internvl3_8b_sensenova_si": {"max_tiles": 12},
+    "stage1/internvl3_8b_internspatial": {"max_tiles": 12},
+    "stage1/qwen2_5vl_7b_internspatial": {"max_pixels": 401_408},
+    **{name: {"num_frames": 16} for name in TABLE if name.endswith("_lora")},
+}  # fmt: skip
+SOURCES = {
+    "ssr2d": "spar 3d_llm sqa3d scanqa vla_3d scanrefer referit3d multi3drefer",
+    "openspatial": "openspatial sensenova onevision",
+    "sensenova_si": "sensenova",
+    "internspatial": "internspatial general",
+    "lora": "spatial general",
+}
+STAGE2_SOURCES = "cogmap vica vlm3r vsi590k"
+DROPS_FRAMES = ("ssr2d", "lora", "interleaved", "sequential", "in_place", "scratch", "no_stage1")
+SAVES = {"sensenova_si": (500, 2), "lora": (200, 2)}
 INSERTION = {
     "stage2/qwen2_5vl_7b_sequential": "sequential",
     "stage2/qwen2_5vl_7b_in_place": "in_place",
 }
+
+
+LAUNCHERS = {"gpu1": "ddp"}
 
 
 def _name(path: Path) -> str:
@@ -105,6 +133,14 @@ def test_values(name):
     assert (config.lora is not None) == name.endswith("lora")
     if config.lora is not None:
         assert (config.lora.parts, config.lora.r, config.lora.alpha, config.lora.dropout) == (("language_model",), 128, 256.0, 0.0)  # fmt: skip
+    assert config.data.media.model_dump(exclude_unset=True) == MEDIA[name]
+    kind = next((k for k in SOURCES if name.endswith(k)), None)
+    assert " ".join(s.name for s in config.data.sources) == SOURCES.get(kind, STAGE2_SOURCES)
+    assert config.data.overlong == ("drop_frames" if name.endswith(DROPS_FRAMES) else "reject")
+    saves = (1000, 3) if name == "stage1/internvl3_8b_sensenova_si" else SAVES.get(kind, (500, 2))
+    assert (config.checkpoint.every, config.checkpoint.keep_last) == saves
+    assert config.schedule.kind == "cosine"
+    assert (config.geometry is not None) == name.startswith("stage2/")
     if config.geometry is not None:
         assert config.geometry.layers == (22,)
         assert config.geometry.fusion == "pre_projector"
@@ -140,8 +176,9 @@ def test_command_of_the_header_is_real(path):
 @pytest.mark.smoke
 @pytest.mark.parametrize("path", ALL, ids=_name)
 def test_dry_run_at_full_size(path, run, capsys, monkeypatch):
-    """No weights, no data, no GPU: groups with rates, mixture, memory for every strategy."""
+    """No weights, no data, no GPU: groups with rates, mixture, memory for every strategy; it fits the header's GPUs."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "32")  # one more number of devices in the table of memory
     stage = 2 if "stage2" in str(path.relative_to(ROOT)) else 1
     assert run(stage, path, "--dry-run") == 0
     out = capsys.readouterr().out
@@ -154,3 +191,13 @@ def test_dry_run_at_full_size(path, run, capsys, monkeypatch):
     assert "mixture by samples" in out
     for word in ("ddp", "zero1", "zero2", "zero3", "fsdp2", "with recomputation"):
         assert word in out
+    hardware = re.search(r"# Hardware  (\d+) GPUs? with (\d+) GB", path.read_text())
+    assert (hardware is None) == (path.parent.name == "tiny")
+    if hardware is not None:
+        launcher = re.search(r"accelerate/([a-z]+[0-9])", path.read_text())[1]
+        row = re.search(
+            rf"^{LAUNCHERS.get(launcher, launcher)} +{hardware[1]} +\S+ +\S+ +(\S+)",
+            out,
+            flags=re.M,
+        )
+        assert float(row[1]) <= 0.9 * int(hardware[2])  # the rest is for what nobody counts

@@ -89,6 +89,7 @@ class MediaPolicy:
         *,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        video_max_pixels: int | None = None,
         video_total_pixels: int | None = None,
         **sampling: Any,
     ) -> MediaPolicy:
@@ -97,6 +98,7 @@ class MediaPolicy:
         Args:
             min_pixels: Smallest image or video frame.
             max_pixels: Largest image or video frame.
+            video_max_pixels: Largest video frame; ``None`` = ``max_pixels``.
             video_total_pixels: Largest sum over the frames of a video.
             **sampling: Any of ``frames num_frames fps max_frames max_tiles max_image_pixels
                 frame_dir_fps``; values of ``None`` are ignored.
@@ -104,11 +106,12 @@ class MediaPolicy:
         low, high = self.image_pixels
         image = (min(min_pixels or low, max_pixels or high), max_pixels or high)
         video, cap = self.video_pixels, self.frame_pixels_cap
+        frame = video_max_pixels or max_pixels
         if self.rule == "frame":
             low, high = video
-            video = (min(min_pixels or low, max_pixels or high), max_pixels or high)
+            video = (min(min_pixels or low, frame or high), frame or high)
         else:
-            cap = max_pixels or cap
+            cap = frame or cap
             high = video_total_pixels or video[1]
             video = (min(video[0] if min_pixels is None else min_pixels, high), high)
         chosen = {key: value for key, value in sampling.items() if value is not None}

@@ -276,6 +276,15 @@ class TestSizes:
         h, w = total.video_size(8, 480, 640)
         assert 8 * h * w <= 8 * 64 * 64
 
+    @pytest.mark.parametrize("rule", ["frame", "clip"])
+    @pytest.mark.parametrize("frames", [4, 512])
+    def test_frames_of_short_and_long_videos_stay_below_their_own_limit(self, rule, frames):
+        policy = MediaPolicy(rule, 16, 2, 2, (1024, 10**6), (4096, 32 * 10**6))
+        small = policy.with_budget(video_max_pixels=50_176, video_total_pixels=512 * 50_176)
+        h, w = small.video_size(frames, 480, 640)
+        assert 40_000 < h * w <= 50_176
+        assert small.image_size(480, 640) == (480, 640)
+
 
 class TestFrameChoice:
     @pytest.mark.parametrize(
