@@ -24,6 +24,9 @@ from spatialvlm.errors import ConfigError, DataError, SpatialVLMError, run_comma
 
 MIXTURE_DRAWS = 10_000
 REJECTS_SHOWN = 20
+HISTOGRAMS = {
+    "LLM tokens": "tokens", "supervised tokens": "label_tokens", "ViT patches": "patches", "frames": "frames",
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,22 +92,22 @@ def add_overview(page: Any, loader: Any, chosen: list[int]) -> None:
     from spatialvlm.data.page import shares_figure, shares_table, table
     from spatialvlm.data.summary import source_summary
 
+    count = min(MIXTURE_DRAWS, max(loader.mixture.length, 1))
+    draws = loader.mixture.draws(0, count)
+    shares = loader.shares(draws, loader.lengths.lookup(draws))
     rows = []
     for number in chosen:
         s = source_summary(loader.lengths, loader.mixture, number)
         left_out = [f"{reason} {count}" for reason, count in s["rejected"].items()]
         notes = [f"{name.replace('_', ' ')} {count}" for name, count in s["notes"].items()]
         rows.append([
-            s["source"], s["family"], s["format"], s["rows"], s["drawn_rows"], s["tokens"]["p50"], s["tokens"]["max"],
+            s["source"], s["family"], s["format"], s["rows"], s["drawn_rows"], s["measured"], s["tokens"]["p50"], s["tokens"]["max"],
             s["label_tokens"]["p50"], ", ".join(left_out) or "none", ", ".join(notes) or "none",
         ])  # fmt: skip
     head = (
-        "source", "family", "format", "rows", "drawn", "tokens p50", "tokens max", "labels p50", "left out", "notes",
+        "source", "family", "format", "rows", "drawn from", "measured", "tokens p50", "tokens max", "labels p50", "left out", "notes",
     )  # fmt: skip
     page.add("<h2>Sources</h2>" + table(head, rows))
-    count = min(MIXTURE_DRAWS, max(loader.mixture.length, 1))
-    draws = loader.mixture.draws(0, count)
-    shares = loader.shares(draws, loader.lengths.lookup(draws))
     units = {
         unit: getattr(shares, unit) for unit in ("samples", "tokens", "label_tokens", "patches")
     }
@@ -134,9 +137,7 @@ def add_packs(page: Any, loader: Any, num_packs: int) -> None:
             encoder = loader.lengths.encoder
             prepared = [encoder.prepare(draw, pixels=False) for draw in pack.draws]
             page.add(f"<h3>micro-step {micro}, rank {rank}</h3>")
-            page.add(
-                pack_bar(pack, [p.encoded for p in prepared], [escape(p.uid) for p in prepared])
-            )
+            page.add(pack_bar(pack, [p.encoded for p in prepared], [p.uid for p in prepared]))
             shown += 1
 
 
@@ -151,12 +152,11 @@ def add_source(page: Any, loader: Any, number: int, num: int) -> None:
     index = encoder.indices[number]
     records = loader.lengths.records[number]
     known = records[records["tokens"] > 0]
-    page.add(f"<h2>{escape(index.source.name)}</h2><div class=grid>")
-    for title, column in [
-        ("LLM tokens", "tokens"),
-        ("supervised tokens", "label_tokens"),
-        ("ViT patches", "patches"),
-    ]:
+    page.add(f"<h2>{escape(index.source.name)}</h2>")
+    if len(known) < len(records):
+        page.add(f"<p class=note>Sizes of the {len(known):,} rows measured so far.</p>")
+    page.add("<div class=grid>")
+    for title, column in HISTOGRAMS.items():
         page.add(histogram_figure(f"{title} per sample", known[column]))
     page.add("</div>")
     rows = np.flatnonzero(loader.lengths.usable(number))

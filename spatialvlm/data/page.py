@@ -123,7 +123,7 @@ def histogram_figure(title: str, values: Any) -> str:
         f'<text x="{width / 2}" y="106" text-anchor="middle">median {int(np.median(values)):,}</text>'
     )
     return (
-        f"<figure><figcaption>{escape(title)}</figcaption>"
+        f"<figure><figcaption>{escape(title)} <span>highest bar {top:,}</span></figcaption>"
         f'<svg viewBox="0 0 {width} {height}" role="img">{bars}{axis}</svg></figure>'
     )
 
@@ -189,6 +189,8 @@ def sample_card(
         f"{len(encoded.input_ids)} tokens, {encoded.num_label_tokens} supervised, {encoded.num_visual_tokens} visual, "
         f"{encoded.num_spatial_tokens} spatial, {encoded.num_patches} patches, shareable prefix {encoded.prefix_len}"
     )
+    about = [sample.capability, f"{len(sample.marks)} marks" if sample.marks else None]
+    facts = ", ".join([*filter(None, about), facts])
     answers = "".join(
         f"<div class=answer><b>trained on</b> {escape(repr(text))}</div>"
         for text in supervised_texts(encoded, template)
@@ -277,10 +279,11 @@ def _frames(page: Page, encoded: EncodedSample, pixels: Sequence[MediaPixels]) -
             if times:
                 label = f"frame {indices[i]}, {times[i]:.2f} s"
             height, width = medium.frames.shape[1:3]
-            out.append(f"<div>{page.image(medium.frames[i])}{label}, {height}×{width}</div>")
+            label = f"{label}, {height}×{width}"
+            if medium.geometry is not None and i == shown[0]:
+                size = "×".join(str(n) for n in medium.geometry.shape[1:3])
+                label += f"<br>geometry group {medium.group} at {size}"
+            out.append(f"<div>{page.image(medium.frames[i])}{label}</div>")
         if len(shown) < count:
             out.append(f"<div>{count - len(shown)} further frames not shown</div>")
-        if medium.group >= 0 and medium.geometry is not None:
-            size = "×".join(str(n) for n in medium.geometry.shape[1:3])
-            out.append(f"<div>geometry group {medium.group}, encoder size {size}</div>")
     return f"<div class=frames>{''.join(out)}</div>" if out else ""

@@ -163,6 +163,11 @@ def test_inspect(recipe, toy_data, tmp_path):
     assert page.count("data:image/jpeg;base64,") > 10
     assert "marker_count" in page  # the rejected row and its reason
     assert "frame 2, 2.00 s" in page
+    medians = re.findall(r"<td>(sp|ge)</td>.*?</tr>", page)
+    assert medians == ["sp", "ge"]
+    assert (
+        "<td class=num>0</td>" not in page.split("<h2>Mixture")[0]
+    )  # sizes of rows that were drawn
     assert len(page) < 20e6
 
 
