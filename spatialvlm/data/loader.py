@@ -258,6 +258,7 @@ class StepLoader:
         self._planned_faults.append((step, fault))
 
     def __iter__(self) -> Iterator[StepBatches]:
+        self.lengths.encoder.require_marks()
         pending: deque[_Pending] = deque()
         self._planned_faults.clear()  # of plans that nobody asked batches of
         plans = self.plans()

@@ -13,6 +13,7 @@ from spatialvlm.data.collate import MediaPixels, Prepared
 from spatialvlm.data.encode import Fitted, HeadCache, OverlongPolicy, fit, geometry_groups
 from spatialvlm.data.formats.coords import ImageSizes, rewrite_coords
 from spatialvlm.data.hooks import DrawMarks, ExpandFormat
+from spatialvlm.data.index import FLAG_MARKS
 from spatialvlm.data.media.plan import MediaInfo, MediaPolicy, plan_media
 from spatialvlm.data.media.resize import resize, split_tiles
 from spatialvlm.data.media.store import MediaStore
@@ -79,6 +80,21 @@ class SampleEncoder:
     expand_format: ExpandFormat | None = None
     coords: CoordConvention | None = None
     heads: HeadCache = field(default_factory=HeadCache, repr=False)
+
+    def require_marks(self) -> None:
+        """Marks can be drawn if there are any.
+
+        Raises:
+            MarkError: Names the first row with marks when there is no hook.
+        """
+        for index in self.indices if self.draw_marks is None else ():
+            marked = np.flatnonzero((index.column("flags") & FLAG_MARKS) * index.eligible())
+            if len(marked):
+                raise MarkError(
+                    f"{len(marked)} rows of source {index.source.name} have marks to draw, first {index.uid(int(marked[0]))}, "
+                    "but no draw_marks hook is registered; without them their questions have no referent. Pass draw_marks to "
+                    "build_data"
+                )
 
     def sample(self, source: int, row: int, epoch: int = 0) -> Sample:
         """The conversation of a row, in the wording of this epoch.
@@ -228,8 +244,7 @@ def load_pixels(
     if sample.marks and draw_marks is None:
         raise MarkError(
             f"{sample.uid} has {len(sample.marks)} marks to draw, but no draw_marks hook is registered; without "
-            "them its question has no referent",
-            reason="mark",
+            "them its question has no referent"
         )
     groups = geometry_groups(sample, layout)
     sizes = _group_sizes(infos, groups, layout)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from spatialvlm.data.faults import INDEX_REASONS
 from spatialvlm.data.formats import FORMATS, Place, SourceAttrs, read_row, sample_to_json
 from spatialvlm.data.formats.base import media_path
+from spatialvlm.data.hooks import scene_names
 from spatialvlm.data.index import media_and_prefix_key
 from spatialvlm.data.media.paths import resolve
 from spatialvlm.data.sources import Source
@@ -44,6 +45,7 @@ def check(row, name):
         assert sample.turns[-1].role == "assistant"
         assert all(t.text.strip() for t in sample.turns if t.role == "assistant")
         media_and_prefix_key(sample)
+        assert all(isinstance(name, str) for name in scene_names(sample))
         "".join([t.text for t in sample.turns] + [m.path for m in sample.media]).encode()
         if json.loads(json.dumps(row)) == row:
             assert json.loads(json.dumps(sample_to_json(sample)))
@@ -99,6 +101,9 @@ KEYS = sorted(
         "weight",
         "meta",
         "train",
+        "media_names",
+        "scene_name",
+        "video_id",
     ]
 )
 WORDS = [

@@ -1,6 +1,7 @@
 """Steps: complete, equal for every world size and worker count, resumable by one integer."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from spatialvlm.data.build import build_data
 from spatialvlm.data.sample import World
-from spatialvlm.errors import ConfigError, DataError, StateError
+from spatialvlm.errors import ConfigError, DataError, MarkError, StateError
 from spatialvlm.models.build import build_layout
 from spatialvlm.typing import CostCoefficients
 
@@ -363,6 +364,35 @@ def test_too_few_for_the_ranks(tiny_checkpoint, toy_config):
         build(toy_config(), folder, World(0, 13))
     with pytest.raises(ConfigError, match="packs_per_step=2 is no multiple of the 3 ranks"):
         build(toy_config(step=PACKS), folder, World(0, 3))
+
+
+def test_marks_need_a_hook(tiny_checkpoint, toy_config, tmp_path, toy_data):
+    """A run without the hook ends before its first batch; it does not replace the rows one by one."""
+    turns = [
+        {"from": "human", "value": "<image>Where is the red point?"},
+        {"from": "gpt", "value": "There."},
+    ]
+    row = {"conversations": turns, "image": "g.png", "type": "depth_prediction_oc", "red_point": [[5, 5]]}  # fmt: skip
+    shutil.copy(toy_data / "g.png", tmp_path)
+    rows = [{"conversations": turns, "image": "g.png", "type": "nav"}, row] * 6
+    (tmp_path / "spar.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    source = {"name": "sp", "family": "spatial", "files": ["spar.jsonl"], "root": str(tmp_path), "format": "spar"}  # fmt: skip
+    config = toy_config(
+        sources=[source],
+        data={"families": {"spatial": 1}, "max_bad_fraction": 1.0},
+        shared_prefix={"min_media_per_step": 1},
+    )
+    folder = tiny_checkpoint("qwen3vl")
+    loader = build(config, folder)
+    assert next(loader.plans()).plan  # plans need no hook
+    with pytest.raises(MarkError, match="6 rows of source sp have marks to draw, first sp/spar#1"):
+        next(iter(loader))
+
+    def draw(image, marks, *, stored_size):
+        return image
+
+    (step,) = build(config, folder, draw_marks=draw)
+    assert len(uids(step)) == 12
 
 
 def test_diversity(tiny_checkpoint, toy_config, caplog):

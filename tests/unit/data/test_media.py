@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import resource
 import struct
 import zlib
 
@@ -205,10 +206,12 @@ class TestImages:
 
         header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
         data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0"))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for read in (read_image_header, decode_image):
             with pytest.raises(MediaError) as caught:
                 read(data)
             assert caught.value.reason == "too_many_pixels"
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20 << 10  # KiB
 
     def test_missing_and_empty_file(self, tmp_path):
         (tmp_path / "empty.jpg").touch()
