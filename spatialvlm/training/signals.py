@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SAME_S = 5.0
+"""A scheduler signals every process of a job and the launcher passes the signal on: within this time it is the same."""
 
 
 class StopFlag:
-    """Set by the first signal; a second one ends the process at once with code 143."""
+    """Set by the first signal; one that comes later than ``SAME_S`` after it ends the process at once with code 143."""
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._since: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def __bool__(self) -> bool:
@@ -39,9 +43,12 @@ class StopFlag:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.name is not None and self.name.startswith("SIG"):
+        now = time.monotonic()
+        if self._since is None:
+            self._since = now
+            self.name = signal.Signals(number).name
+        elif now - self._since > SAME_S:
             os._exit(143)
-        self.name = signal.Signals(number).name
 
 
 def stop_listening() -> None:

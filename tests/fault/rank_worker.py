@@ -1,4 +1,4 @@
-"""A hung rank, a broken sample and a signal on one rank of two forked processes; writes ``ranks.json``.
+"""Hung ranks, a broken sample and signals to one rank of two forked processes; writes ``ranks.json``.
 
 python tests/fault/rank_worker.py OUT
 """
@@ -8,12 +8,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import signal
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+
+SIGNALS = {
+    "term": "loop.data@3:1:SIGTERM",
+    "usr1": "loop.data@3:0:SIGUSR1",
+    "term_in_save": "save.write@4:1:SIGTERM",
+}
+"""A signal at a step border or inside a save, on one rank."""
 
 
 def main() -> int:
@@ -61,37 +66,14 @@ def main() -> int:
     codes, _ = strict.run(out / "runs" / "strict")
     found["broken"] = [codes, (out / "runs" / "strict.log").read_text()[-2000:]]
 
-    from spatialvlm.testing.ranks import fork_ranks, launcher_environment
-
-    for name, number, rank in (("term", signal.SIGTERM, 1), ("usr1", signal.SIGUSR1, 0)):
+    for name, fault in SIGNALS.items():
         run_dir = out / "runs" / name
-        sent = [0.0]
-
-        def during(pids, run_dir=run_dir, number=number, rank=rank, sent=sent):
-            log = run_dir / "metrics.jsonl"
-            if not sent[0] and log.is_file() and len(log.read_text().splitlines()) >= 2:
-                os.kill(pids[rank], number)
-                sent[0] = time.monotonic()
-
-        env = launcher_environment("zero2", 2, ROOT / "configs" / "deepspeed")
-        # Slow steps down, so that the signal arrives before the end.
-        argv = [
-            str(config),
-            f"run.dir={run_dir}",
-            "data.length.steps=200",
-            "schedule={kind: constant, warmup_ratio: 0.0}",
-        ]
-        codes = fork_ranks(
-            lambda argv=argv: harness.recipe(argv),
-            env,
-            size=2,
-            log=out / "signals.log",
-            timeout_s=120,
-            during=during,
-        )
+        codes, _ = bench.run(run_dir, fault=fault)
         record = json.loads((run_dir / "run.json").read_text())
         folders = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
-        found[name] = [codes, record["state"], record["step"], record["reason"], folders]
+        again, _ = bench.run(run_dir)
+        same = again == [0, 0] and bench.result(run_dir) == bench.result(bench.straight)
+        found[name] = [codes, record["state"], record["step"], record["reason"], folders, same]
     (out / "ranks.json").write_text(json.dumps(found))
     return 0
 

@@ -52,11 +52,16 @@ def test_a_broken_sample_on_one_rank_ends_both_with_its_name(found):
 
 @pytest.mark.fault
 @pytest.mark.parametrize(
-    ("name", "reason"), [("term", "asked to stop on another rank"), ("usr1", "SIGUSR1")]
+    ("name", "step", "reason"),
+    [
+        ("term", 3, "asked to stop on another rank"),
+        ("usr1", 3, "SIGUSR1"),
+        ("term_in_save", 4, "asked to stop on another rank"),
+    ],
 )
-def test_a_signal_to_one_rank_saves_on_all(found, name, reason):
-    codes, state, step, why, folders = found[name]
+def test_a_signal_to_one_rank_saves_on_all_and_costs_nothing(found, name, step, reason):
+    codes, state, stopped, why, folders, same = found[name]
     assert codes == [0, 0]
-    assert (state, why) == ("preempted", reason)
-    assert 2 <= step < 200
+    assert (state, stopped, why) == ("preempted", step, reason)
     assert folders[-1] == f"step-{step:08d}"
+    assert same  # the run that goes on ends bit for bit as if it had never stopped
