@@ -9,6 +9,7 @@ from spatialvlm.config.geometry import GeometryConfig
 from spatialvlm.config.training import LoraConfig
 from spatialvlm.data.build import build_data
 from spatialvlm.data.sample import World
+from spatialvlm.models import attention
 from spatialvlm.models.build import build_layout, build_model
 from spatialvlm.typing import CostCoefficients
 
@@ -255,3 +256,36 @@ class TestMutants:
 
         with pytest.raises(ValueError, match="continues"):
             self.changed(kit, toy_config, cut)
+
+    def test_detached_prefix(self, kit, toy_config, monkeypatch):
+        """The prefix learns from its branches through attention alone, so a missing path there must be seen."""
+        model, first = kit
+        steps = first(toy_config())
+        _, reference = gradients(model, steps)
+        honest = attention._attend
+
+        def detached(query, key, value, **options):
+            size = key.shape[2] - query.shape[2]
+            if size > 0:
+                key, value = (
+                    torch.cat([x[:, :, :size].detach(), x[:, :, size:]], dim=2)
+                    for x in (key, value)
+                )
+            return honest(query, key, value, **options)
+
+        monkeypatch.setattr(attention, "_attend", detached)
+        _, mutant = gradients(model, steps)
+        assert difference(mutant, reference) > 1e-2
+
+    def test_mean_per_pack(self, kit, toy_config):
+        """Packs hold different numbers of supervised tokens, so dividing by their own is another gradient."""
+        model, first = kit
+        (step,) = first(toy_config(packing={"max_tokens": 300}))
+        _, reference = gradients(model, [step])
+        packs = [
+            replace(step, batches=[b], denominator_local=len(step.batches) * len(b["target_ids"]))
+            for b in step.batches
+        ]
+        assert len(packs) > 1
+        _, mutant = gradients(model, packs)
+        assert difference(mutant, reference) > 1e-3
