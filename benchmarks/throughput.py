@@ -32,8 +32,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / "benchmarks" / "peers"
 ENVS = ROOT / ".venv-peers"
 NAMES = ("ours", "trl", "ms-swift", "llamafactory")
-ROWS = {"images": 32, "video": 24}
+ROWS = {"images": 32, "video": 24, "text": 20}
 """Rows of each half of a mix."""
+SETTINGS = {
+    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{PEERS}",
+}  # fmt: skip
+"""One thread, no GPU, no network."""
 
 
 @dataclass(frozen=True)
@@ -53,26 +58,31 @@ def size(batch: int, accumulate: int, steps: int, warmup: int) -> tuple[str, ...
 
 
 def plan(mixes: Sequence[str], names: Sequence[str]) -> list[Entry]:
-    """Runs of one round; 8 steps of 8 images rows, 3 of 16 video rows."""
+    """Runs of one round; 8 steps of 8 images rows, 3 of 16 video rows, 4 of 8 conversations."""
     found = []
     if "images" in mixes:
         found.append(Entry("images", "ours", "packed", ("--batch", "8", "--steps", "8")))
         for peer in NAMES[1:]:
             found.append(Entry("images", peer, "8 padded", size(8, 1, 8, 2)))
             found.append(Entry("images", peer, "1 x 8", size(1, 8, 8, 2)))
-        packed = (*size(2, 1, 8, 2), "--packing", "2048")
+        packed = (*size(2, 1, 8, 2), "--set", "neat_packing=true", "cutoff_len=2048")
         found.append(Entry("images", "llamafactory", "neat_packing", packed))
     if "video" in mixes:
         ours = ("--batch", "16", "--steps", "3", "--warmup", "1")
         found.append(Entry("video", "ours", "shared prefixes", (*ours, "--share")))
         found.append(Entry("video", "ours", "packed", ours))
         found += [Entry("video", peer, "1 x 16", size(1, 16, 3, 1)) for peer in NAMES[1:]]
+    if "text" in mixes:
+        found.append(Entry("text", "ours", "packed", ("--batch", "8", "--steps", "4", "--warmup", "1")))  # fmt: skip
+        for peer in NAMES[1:]:
+            found.append(Entry("text", peer, "8 padded", size(8, 1, 4, 1)))
+            found.append(Entry("text", peer, "1 x 8", size(1, 8, 4, 1)))
     return [entry for entry in found if entry.who in names]
 
 
 REFUSED = (
-    Entry("images", "trl", "padding_free", (*size(8, 1, 3, 2), "--padding-free")),
-    Entry("images", "ms-swift", "padding_free", (*size(8, 1, 3, 2), "--padding-free")),
+    Entry("images", "trl", "padding_free", (*size(8, 1, 3, 2), "--set", "padding_free=true")),
+    Entry("images", "ms-swift", "padding_free", (*size(8, 1, 3, 2), "--set", "padding_free=true")),
 )
 """Run once to show the message."""
 
@@ -121,13 +131,9 @@ def main() -> None:
 
 
 def execute(*command: str) -> subprocess.CompletedProcess[str]:
-    """One thread, no GPU, no network."""
-    settings = {
-        "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{PEERS}",
-    }  # fmt: skip
+    """One command, to its end."""
     return subprocess.run(
-        command, env=os.environ | settings, capture_output=True, text=True, check=False
+        command, env=os.environ | SETTINGS, capture_output=True, text=True, check=False
     )
 
 

@@ -1,10 +1,11 @@
-"""What every framework trains on: one small Qwen2.5-VL with random weights, and two mixes of files.
+"""What every framework trains on: one small Qwen2.5-VL with random weights, and three mixes of files.
 
     python benchmarks/peers/mix.py FOLDER
 
 ``images``  spatial : general 1:1; spatial rows have 1-4 images and answers of 1-8 words; of the general rows half are text of
             60-500 words, half have one image and an answer of 30-150 words.
 ``video``   the same with clips of 32 frames in place of the images, eight questions about each.
+``text``    conversations of 2-8 questions and 200-1,400 words, no pictures; both halves alike.
 
 All pictures fit the processor's budget, frames exactly, so that nobody resizes a frame and every framework sees as many
 visual tokens. ``spatial.jsonl`` and ``general.jsonl`` are read by this project, ``mixed.jsonl`` (the same rows, spatial and general
@@ -56,6 +57,16 @@ def spatial_rows(mix: str, num: int, rng: Generator) -> Iterator[Row]:
             yield row(question, answer, images=files)
 
 
+def conversations(num: int, rng: Generator) -> Iterator[Row]:
+    """Long text; a third of the words are the user's."""
+    for _ in range(num):
+        turns = int(rng.integers(2, 9))
+        words = int(rng.integers(200, 1401)) // turns
+        asked = [text(rng, words // 3, words // 3) for _ in range(turns)]
+        pairs = [row(question, text(rng, words * 2 // 3, words * 2 // 3)) for question in asked]
+        yield {"messages": [turn for pair in pairs for turn in pair["messages"]]}
+
+
 def general_rows(num: int, rng: Generator) -> Iterator[Row]:
     """Text and captions in turn."""
     for number in range(num):
@@ -80,12 +91,21 @@ def write_mix(folder: Path, mix: str, num: int, seed: int = 0) -> None:
 
     Args:
         folder: Gets ``spatial.jsonl``, ``general.jsonl``, ``mixed.jsonl`` and the pictures beside them.
-        mix: ``images`` or ``video``.
+        mix: ``images``, ``video``, or ``text``.
         num: Rows of each half.
         seed: Of words, sizes, and pictures.
     """
     rng = np.random.default_rng(seed)
-    spatial, general = list(spatial_rows(mix, num, rng)), list(general_rows(num, rng))
+    if mix == "text":
+        spatial, general = list(conversations(num, rng)), list(conversations(num, rng))
+    else:
+        spatial, general = list(spatial_rows(mix, num, rng)), list(general_rows(num, rng))
+    write_rows(folder, spatial, general, rng)
+
+
+def write_rows(folder: Path, spatial: list[Row], general: list[Row], rng: Generator) -> None:
+    """Write two equally long lists of rows, one after the other in turn for the peers, and draw their pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
     for entry in (*spatial, *general):
         for name in entry.get("images", ()):
             height, width = (int(side) for side in rng.integers(224, 641, 2))
@@ -153,5 +173,5 @@ def write_model(folder: Path, *, text_width: int = 256, text_layers: int = 4, vi
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     write_model(target / "model")
-    for kind, count in (("images", 48), ("video", 32)):
+    for kind, count in (("images", 48), ("video", 32), ("text", 24)):
         write_mix(target / kind, kind, count)

@@ -2,7 +2,7 @@
 
     .venv-peers/llamafactory/bin/python benchmarks/peers/run_llamafactory.py FOLDER MIX OUT.jsonl --batch 8 --steps 10
 
-``--packing N`` turns on ``neat_packing`` with packs of N tokens.
+``--set neat_packing=true cutoff_len=2048`` packs, 2,048 tokens each.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import tempfile
 from pathlib import Path
 
 from mix import FRAME_SIDE, read_mixed
-from stopwatch import Stopwatch, arguments, watch_trainer
+from probe import recorder, watch
+from stopwatch import arguments, overrides
 
 
 def main() -> None:
     parser = arguments()
     parser.add_argument("--accumulate", type=int, default=1)
-    parser.add_argument("--packing", type=int, help="tokens of a pack")
     args = parser.parse_args()
     options = {
         "stage": "sft",
@@ -27,8 +27,7 @@ def main() -> None:
         "freeze_vision_tower": False,
         "freeze_multi_modal_projector": False,
         "template": "qwen2_vl",
-        "cutoff_len": args.packing or 8192,
-        "neat_packing": bool(args.packing),
+        "cutoff_len": 8192,
         "per_device_train_batch_size": args.batch,
         "gradient_accumulation_steps": args.accumulate,
         "max_steps": args.steps,
@@ -48,11 +47,11 @@ def main() -> None:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-    }
+    } | overrides(args.set)
     work = Path(tempfile.mkdtemp())
     write_dataset(args.folder / args.mix, work)
-    stopwatch = Stopwatch(args.warmup)
-    watch_trainer(stopwatch)
+    found = recorder(args)
+    watch(found)
     from llamafactory.train.tuner import run_exp
 
     where = {
@@ -62,7 +61,7 @@ def main() -> None:
         "output_dir": str(work / "run"),
     }
     run_exp(where | options)
-    stopwatch.write(args.out, options, ("llamafactory", "accelerate", "datasets"))
+    found.write(args.out, options, ("llamafactory", "accelerate", "datasets"))
 
 
 def write_dataset(folder: Path, work: Path) -> None:

@@ -3,7 +3,7 @@
     .venv-peers/ms-swift/bin/python benchmarks/peers/run_ms_swift.py FOLDER MIX OUT.jsonl --batch 8 --steps 10
 
 The template's placeholder ids are built in; they are set to those of the small tokenizer, as a plugin would do.
-``--padding-free`` shows how ``padding_free`` and packing are refused without flash-attn.
+``--set padding_free=true`` shows how ``padding_free`` and packing are refused without flash-attn.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import tempfile
 from pathlib import Path
 
 from mix import FRAME_SIDE, FRAMES, read_mixed
-from stopwatch import Stopwatch, arguments, watch_trainer
+from probe import recorder, watch
+from stopwatch import arguments, overrides
 
 
 def main() -> None:
     parser = arguments()
     parser.add_argument("--accumulate", type=int, default=1)
-    parser.add_argument("--padding-free", action="store_true")
     args = parser.parse_args()
     options = {
         "tuner_type": "full",
@@ -32,7 +32,6 @@ def main() -> None:
         "gradient_accumulation_steps": args.accumulate,
         "max_steps": args.steps,
         "max_length": 8192,
-        "padding_free": args.padding_free,
         "use_cpu": True,
         "torch_dtype": "float32",
         "bf16": False,
@@ -51,7 +50,7 @@ def main() -> None:
         "report_to": "none",
         "check_model": False,
         "disable_tqdm": True,
-    }
+    } | overrides(args.set)
     work = Path(tempfile.mkdtemp())
     os.environ |= {
         "MAX_PIXELS": str(FRAME_SIDE**2),
@@ -63,8 +62,8 @@ def main() -> None:
     rows = read_mixed(args.folder / args.mix)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (work / "mix.jsonl").write_text(lines, encoding="utf-8")
-    stopwatch = Stopwatch(args.warmup)
-    watch_trainer(stopwatch)
+    found = recorder(args)
+    watch(found)
     set_placeholders(args.folder / "model")
     from swift import sft_main
 
@@ -76,7 +75,7 @@ def main() -> None:
     sft_main(
         [part for key, value in (where | options).items() for part in (f"--{key}", str(value))]
     )
-    stopwatch.write(args.out, options, ("ms_swift", "accelerate", "datasets", "qwen-vl-utils"))
+    found.write(args.out, options, ("ms_swift", "accelerate", "datasets", "qwen-vl-utils"))
 
 
 def set_placeholders(model: Path) -> None:

@@ -18,7 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from stopwatch import Stopwatch, arguments, cpu_seconds, gemm_rate
+from probe import Probe, answer_name, recorder
+from stopwatch import Stopwatch, arguments, cpu_seconds, gemm_rate, overrides
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,18 +36,19 @@ def main() -> None:
     run = Path(tempfile.mkdtemp())
     config = run / "config.yaml"  # JSON is YAML
     config.write_text(json.dumps(options | {"run": {"dir": str(run / "run")}}), encoding="utf-8")
-    stopwatch = Stopwatch(args.warmup)
-    watch_model(stopwatch)
-    sys.argv = ["recipes/stage1.py", str(config)]
+    found = recorder(args)
+    watch_model(found)
+    sys.argv = ["recipes/stage1.py", str(config), *args.set]
     try:
         runpy.run_path(str(ROOT / "recipes" / "stage1.py"), run_name="__main__")
     except SystemExit as exit:
         if exit.code:
             raise
-    lines = (run / "run" / "metrics.jsonl").read_text().splitlines()
-    stopwatch.losses += [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+    if isinstance(found, Stopwatch):
+        lines = (run / "run" / "metrics.jsonl").read_text().splitlines()
+        found.losses += [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
     named = {key: value for key, value in options.items() if key not in ("model", "data")}
-    stopwatch.write(args.out, named, ("accelerate",))
+    found.write(args.out, named | overrides(args.set), ("accelerate",))
 
 
 def recipe(args: argparse.Namespace) -> dict[str, Any]:
@@ -128,18 +130,29 @@ def efficiency(args: argparse.Namespace) -> None:
         stream.write(json.dumps(result) + "\n")
 
 
-def watch_model(stopwatch: Stopwatch) -> None:
-    """Count the packs on their way into the model."""
+def watch_model(found: Stopwatch | Probe) -> None:
+    """Look at the packs on their way into the model."""
     from spatialvlm.models.spatial_vlm import SpatialVLM
 
     original = SpatialVLM.forward
 
     @functools.wraps(original)
     def forward(self: Any, batch: Any) -> Any:
-        if self.training and batch.get("uids"):
+        output = original(self, batch)
+        uids = batch.get("uids")
+        if not self.training or not uids:
+            return output
+        if isinstance(found, Probe):
+            means = (output.sample_loss / output.sample_weight).tolist()
+            owner, tokens = batch["sample_index"], batch["target_ids"]
+            names = [answer_name(tokens[owner == i]) for i in range(len(uids))]
+            found.answered(dict(zip(names, means, strict=True)))
+            found.losses.append(float(output.loss_sum))
+            found.images.append(bool(batch["media_kind"].numel()))
+        else:
             tokens = sum(batch["segment_len"].tolist())
-            stopwatch.count(tokens, batch["input_ids"].numel(), len(batch["uids"]))
-        return original(self, batch)
+            found.count(tokens, batch["input_ids"].numel(), len(uids))
+        return output
 
     SpatialVLM.forward = forward
 

@@ -4,7 +4,7 @@
 
 Rows are ``messages`` with ``assistant_only_loss`` and TRL's own training template of Qwen2.5-VL: prompt/completion rows pad both
 halves and are slower. TRL takes no videos, so of a clip it gets every second frame as an image, which makes as
-many visual tokens. Packing and ``padding_free`` are refused for images (``--padding-free`` shows the message).
+many visual tokens. Packing and ``padding_free`` are refused for images (``--set padding_free=true`` shows the message).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 import trl
 from datasets import Dataset, Features, Image, List, Value
 from mix import read_mixed
-from stopwatch import Stopwatch, arguments, watch_trainer
+from probe import recorder, watch
+from stopwatch import arguments, overrides
 
 
 def main() -> None:
     parser = arguments()
     parser.add_argument("--accumulate", type=int, default=1)
-    parser.add_argument("--padding-free", action="store_true")
     args = parser.parse_args()
     options = {
         "per_device_train_batch_size": args.batch,
@@ -32,7 +32,6 @@ def main() -> None:
         "max_length": None,
         "gradient_checkpointing": False,
         "assistant_only_loss": True,
-        "padding_free": args.padding_free,
         "optim": "adamw_torch_fused",
         "learning_rate": 1e-5,
         "lr_scheduler_type": "constant",
@@ -41,22 +40,21 @@ def main() -> None:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-    }
+    } | overrides(args.set)
     template = Path(trl.__file__).parent / "chat_templates" / "qwen2_5_vl_training.jinja"
-    stopwatch = Stopwatch(args.warmup)
-    watch_trainer(stopwatch)
+    found = recorder(args)
+    watch(found)
     trainer = trl.SFTTrainer(
         model=str(args.folder / "model"),
         args=trl.SFTConfig(
-            output_dir=tempfile.mkdtemp(),
             model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},
             chat_template_path=str(template),
-            **options,
+            **({"output_dir": tempfile.mkdtemp()} | options),
         ),
         train_dataset=dataset(args.folder / args.mix),
     )
-    trainer.train()
-    stopwatch.write(args.out, options, ("trl", "accelerate", "datasets"))
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    found.write(args.out, options, ("trl", "accelerate", "datasets"))
 
 
 def dataset(folder: Path) -> Dataset:
@@ -69,9 +67,10 @@ def dataset(folder: Path) -> Dataset:
         frames = [frame for clip in row["videos"] for frame in clip[::2]]
         rows.append({"messages": turns, "images": row["images"] + frames})
     turn = {"role": Value("string"), "content": Value("string")}
-    return Dataset.from_list(
+    data = Dataset.from_list(
         rows, features=Features({"messages": List(turn), "images": List(Image())})
     )
+    return data if any(row["images"] for row in rows) else data.remove_columns("images")
 
 
 if __name__ == "__main__":

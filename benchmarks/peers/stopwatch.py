@@ -30,7 +30,20 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--probe", action="store_true", help="record for checks.py, do not time")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more options")
     return parser
+
+
+def overrides(pairs: list[str]) -> dict[str, Any]:
+    """Options of ``--set``; a value is JSON, or else text."""
+    found: dict[str, Any] = {}
+    for key, value in (pair.split("=", 1) for pair in pairs):
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key] = value
+    return found
 
 
 def cpu_seconds() -> float:
