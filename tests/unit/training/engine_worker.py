@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import gc
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -66,6 +67,11 @@ def run_steps(engine, processes, start, stop, poison=(), kinds=None):
         applied.append(engine.step(found))
         losses.append((processes.sum(loss) / total).item())
     return losses, norms, applied
+
+
+def local_state(engine):
+    """Copies of this rank's masters and moments."""
+    return [view.clone() for s in engine.slices(loading=False) for view in s.views.values()]
 
 
 class Wide(nn.Module):
@@ -150,6 +156,12 @@ def main():
         found["second"] = run_steps(engine, processes, 3, 6)
         verify_groups(engine.optimizer, engine.groups, 1.0 / 6)
         found["nan"] = run_steps(engine, processes, 6, 8, poison={(6, size - 1)})
+        before = local_state(engine)
+        bad = run_steps(
+            engine, processes, 8, 10, poison={(8, size - 1): math.inf, (9, 0): -math.inf}
+        )
+        same = [torch.equal(a, b) for a, b in zip(before, local_state(engine), strict=True)]
+        found["inf"] = [*bad, processes.gather(all(same)), run_steps(engine, processes, 10, 11)]
         again = engine_for(strategy, processes, seed=7)
         load_checkpoint(path, again, processes)
         found["resumed"] = run_steps(again, processes, 3, 6)

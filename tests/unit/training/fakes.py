@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,13 +145,16 @@ class FakeSteps:
 
 
 class FakeLoader:
-    """``per_step`` samples per step dealt round-robin over ranks; unequal label counts; resumable."""
+    """``per_step`` samples per step dealt round-robin over ranks; unequal label counts; resumable.
+
+    ``poison``: (step, sample) whose loss weights become NaN, or a mapping to what they are multiplied by.
+    """
 
     def __init__(self, *, rank=0, size=1, per_step=4, start=0, kinds=None, poison=()) -> None:
         self.rank, self.size, self.per_step = rank, size, per_step
         self.step = start
         self.kinds = kinds or (lambda step, i: (step + i) % 3 != 0)
-        self.poison = set(poison)
+        self.poison = dict(poison) if isinstance(poison, dict) else dict.fromkeys(poison, math.nan)
 
     def __iter__(self):
         while True:
@@ -165,7 +169,7 @@ class FakeLoader:
             ]
             for i, batch in zip(own, batches, strict=True):
                 if (step, i) in self.poison:
-                    batch["loss_weight"] = batch["loss_weight"] * float("nan")
+                    batch["loss_weight"] = batch["loss_weight"] * self.poison[step, i]
             total = sum(len(b["logit_index"]) for b in batches)
             yield FakeSteps(batches, float(total), total)
 

@@ -80,6 +80,16 @@ def test_a_nan_on_one_rank_skips_the_step_everywhere(results, strategy):
 
 
 @pytest.mark.smoke
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_infinities_on_either_rank_change_no_weight_and_no_moment(results, strategy):
+    _, norms, applied, unchanged, after = results[strategy]["inf"]
+    assert applied == [False, False]
+    assert not any(math.isfinite(step["total"]) for step in norms)
+    assert unchanged == [True, True]
+    _close(after, results["one"]["inf"][-1])
+
+
+@pytest.mark.smoke
 @pytest.mark.parametrize("origin", ["ddp-1", "ddp-2", "zero2-2", "zero3-2", "fsdp2-2"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_checkpoints_move_between_strategies_and_world_sizes(results, origin, strategy):
