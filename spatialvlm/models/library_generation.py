@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
+from spatialvlm.errors import ConfigError
 from spatialvlm.models.attention import Tree
 from spatialvlm.models.spatial_vlm import SpatialVLM
 from spatialvlm.typing import KIND_IMAGE, KIND_VIDEO, Batch
@@ -29,7 +31,15 @@ def library_generate(model: SpatialVLM, groups: Sequence[Batch], **options: Any)
 
     Returns:
         New tokens ``[prompts * num_return_sequences, steps]``, padded behind the end.
+
+    Raises:
+        ConfigError: ``transformers`` is older than 5.18, which cannot be handed encoder outputs.
     """
+    if not hasattr(model.backbone, "_supports_mm_encoder_outputs"):
+        raise ConfigError(
+            f"library_generate needs transformers 5.18 or newer, {transformers.__version__} is installed. Upgrade it, or "
+            "use spatialvlm.models.generation.generate (greedy or nucleus sampling)."
+        )
     was_training, config = model.training, model.adapter.text_config
     model.eval()
     ours = config._attn_implementation

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spatialvlm import __version__
 from spatialvlm.errors import CheckpointError, LaunchError
 from spatialvlm.training.lock import FolderLock
 
@@ -179,7 +180,6 @@ class RunFolder:
 def versions() -> dict[str, str]:
     """Versions of what decides numbers."""
     names = (
-        "spatialvlm",
         "torch",
         "transformers",
         "accelerate",
@@ -188,7 +188,7 @@ def versions() -> dict[str, str]:
         "peft",
         "numpy",
     )
-    return {name: metadata.version(name) for name in names}
+    return {"spatialvlm": __version__} | {name: metadata.version(name) for name in names}
 
 
 def code_digest() -> str:

@@ -143,13 +143,13 @@ def packed_reference(q, k, v, q_ends, k_ends, causal):
     for i in range(len(q_ends) - 1):
         own = slice(q_ends[i], q_ends[i + 1]), slice(k_ends[i], k_ends[i + 1])
         parts = [
-            x[s].transpose(0, 1) for x, s in zip((q, k, v), (own[0], own[1], own[1]), strict=True)
+            x[s].transpose(0, 1)[None]
+            for x, s in zip((q, k, v), (own[0], own[1], own[1]), strict=True)
         ]
-        rows, columns = parts[0].shape[1], parts[1].shape[1]
+        rows, columns = parts[0].shape[2], parts[1].shape[2]
         mask = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows) if causal else None
-        outputs.append(
-            nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask).transpose(0, 1)
-        )
+        output = nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask)
+        outputs.append(output[0].transpose(0, 1))
     return torch.cat(outputs)
 
 

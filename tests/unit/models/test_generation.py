@@ -1,7 +1,8 @@
 import pytest
 import torch
+from transformers.generation.utils import GenerationMixin
 
-from spatialvlm.errors import AlignmentError
+from spatialvlm.errors import AlignmentError, ConfigError
 from spatialvlm.models import generation
 from spatialvlm.models.device import HOST_READ
 from spatialvlm.models.generation import generate, sampler, stop_tokens
@@ -9,6 +10,11 @@ from spatialvlm.models.library_generation import library_generate
 from spatialvlm.models.spatial_vlm import SpatialVLM
 from spatialvlm.testing.packs import Member
 from spatialvlm.testing.rig import FAMILIES
+
+needs_encoder_outputs = pytest.mark.skipif(
+    not hasattr(GenerationMixin, "_supports_mm_encoder_outputs"),
+    reason="library_generate needs transformers 5.18",
+)
 
 
 def uncached(bench, batch, steps, stops):
@@ -106,6 +112,7 @@ def test_sampling_stays_inside_the_nucleus_and_follows_the_seed():
     assert torch.equal(draw, again)
 
 
+@needs_encoder_outputs
 @pytest.mark.parametrize("geometry", [None, {}], ids=["2d", "3d"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_librarys_loop_gives_the_same_tokens(rig, family, geometry):
@@ -134,6 +141,7 @@ def test_the_librarys_loop_gives_the_same_tokens(rig, family, geometry):
     bench.model(bench.pack())  # a training forward after generation still works
 
 
+@needs_encoder_outputs
 @pytest.mark.parametrize("family", FAMILIES)
 def test_beams_and_returned_sequences_equal_single_runs(rig, family):
     bench = rig(family, {})
@@ -151,6 +159,13 @@ def test_beams_and_returned_sequences_equal_single_runs(rig, family):
     assert together.shape == (2 * 4, 5)
 
 
+def test_an_old_library_is_named(rig, monkeypatch):
+    monkeypatch.delattr(GenerationMixin, "_supports_mm_encoder_outputs", raising=False)
+    with pytest.raises(ConfigError, match=r"needs transformers 5\.18 or newer"):
+        library_generate(rig("qwen3vl").model, [])
+
+
+@needs_encoder_outputs
 @pytest.mark.parametrize("family", ["qwen2_5vl", "qwen3vl"])
 def test_the_placeholder_is_never_emitted(rig, family):
     bench = rig(family, {})
