@@ -201,7 +201,7 @@ def write_report(run_dir: Path, *, configured_shares: Mapping[str, float] | None
     Returns:
         The written file.
     """
-    metrics = read_metrics(run_dir / "metrics.jsonl")
+    metrics = read_metrics(run_dir / "metrics.jsonl", limit=MAX_POINTS)
     record = (
         json.loads((run_dir / "run.json").read_text()) if (run_dir / "run.json").is_file() else {}
     )

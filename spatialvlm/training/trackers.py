@@ -148,21 +148,32 @@ def append_json(path: Path, record: Mapping[str, Any]) -> None:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path, *, limit: int | None = None) -> list[dict[str, Any]]:
     """Log lines by step, the last attempt of each; unreadable tails (a kill while writing) are left out.
 
     Training and evaluation at one step are one record.
+
+    Args:
+        path: ``metrics.jsonl``.
+        limit: Evenly spaced training lines that are read, with the last one and all evaluations; ``None`` = all. A
+            report that is rebuilt at every save must not get slower with the length of the run.
     """
     if not path.is_file():
         return []
     by_step: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        known = by_step.get(record["step"], {})
-        by_step[record["step"]] = (
-            {**known, **record} if known.get("attempt") == record["attempt"] else record
-        )
+    with path.open("rb") as file:
+        count = sum(1 for _ in file)
+        stride = 1 if limit is None else max(1, math.ceil(count / limit))
+        file.seek(0)
+        for number, line in enumerate(file):
+            if number % stride and number + 1 != count and b'"eval/' not in line:
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            known = by_step.get(record["step"], {})
+            by_step[record["step"]] = (
+                {**known, **record} if known.get("attempt") == record["attempt"] else record
+            )
     return [by_step[step] for step in sorted(by_step)]

@@ -1,5 +1,6 @@
 """Trackers, log files and the page."""
 
+import itertools
 import json
 
 import pytest
@@ -27,6 +28,25 @@ def test_replayed_steps_win_and_a_torn_line_is_left_out(tmp_path):
         (2, 7.0, 2),
     ]
     assert found[0]["bad"] is None
+
+
+def test_a_long_log_is_read_evenly_with_its_end_and_its_evaluations(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    log = JsonLines(path, attempt=1)
+    for step in range(1000):
+        log.log(step, {"loss": float(step)})
+        if step in (123, 500):
+            log.log(step, {"eval/loss": 1.0})
+    log.close()
+    parsed = []
+    monkeypatch.setattr(json, "loads", lambda line, original=json.loads: parsed.append(1) or original(line))  # fmt: skip
+    found = read_metrics(path, limit=100)
+    assert len(parsed) <= 100 + 3  # so neither time nor memory grows with the run
+    assert [r["step"] for r in found if "eval/loss" in r] == [123, 500]
+    steps = [r["step"] for r in found]
+    assert steps[0] == 0
+    assert steps[-1] == 999
+    assert max(b - a for a, b in itertools.pairwise(steps)) <= 11
 
 
 def test_a_failing_tracker_is_dropped_once(capsys):
