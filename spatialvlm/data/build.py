@@ -66,6 +66,7 @@ def build_data(
     draw_marks: DrawMarks | None = None,
     expand_format: ExpandFormat | None = None,
     state: Mapping[str, Any] | None = None,
+    new_order: bool = False,
     workers: int = 1,
     verify_files: bool = False,
     report: Callable[[str], None] = lambda _: None,
@@ -83,6 +84,7 @@ def build_data(
         draw_marks: Draws marks into frames, picklable.
         expand_format: Realises instruction formats, picklable.
         state: Loader state to resume from.
+        new_order: Accept a state of another order, and continue at its position.
         workers: Processes that index and measure.
         verify_files: Compare the data files whole with those that were indexed.
         report: Called with one line of text per stage of the work.
@@ -143,6 +145,7 @@ def build_data(
         pin_memory=torch.cuda.is_available(),
         quarantine=build_quarantine(config, encoder, world),
         state=state,
+        new_order=new_order,
     )
 
 

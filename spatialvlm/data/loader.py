@@ -20,6 +20,7 @@ from spatialvlm.data.lengths import LengthTable
 from spatialvlm.data.packs import BuiltPack, Fault, PackBuilder, PackTask
 from spatialvlm.data.plan import PackingArgs, distinct_media, plan_step, split_window
 from spatialvlm.data.sample import Draw, Shares, StepPlan, World, count_notes
+from spatialvlm.data.units import digest
 from spatialvlm.data.workers import Report, WorkerPool
 from spatialvlm.errors import DataError, StateError
 from spatialvlm.typing import Batch, CostCoefficients
@@ -99,6 +100,7 @@ class StepLoader:
         pin_memory: Put batches into page-locked memory, for copies that overlap with computing.
         quarantine: Where broken samples are recorded and counted; None = nowhere.
         state: From :meth:`state_dict` of an equal order.
+        new_order: Continue at the state's position even if the order is another one.
 
     Raises:
         StateError: The state belongs to another order or a newer version.
@@ -122,6 +124,7 @@ class StepLoader:
         pin_memory: bool = False,
         quarantine: Quarantine | None = None,
         state: Mapping[str, Any] | None = None,
+        new_order: bool = False,
     ) -> None:
         self.mixture, self.lengths, self.cost = mixture, lengths, cost
         self.world, self.packing = world, packing
@@ -147,7 +150,7 @@ class StepLoader:
         self._past_faults = np.zeros(num_sources, np.int64)
         self._planned_faults: list[tuple[int, Fault]] = []
         if state:
-            self._restore(state)
+            self._restore(state, new_order)
 
     @cached_property
     def num_steps(self) -> int:
@@ -288,7 +291,7 @@ class StepLoader:
             "pack": self._pack,
             "step": self._step,
             "order": self.mixture.fingerprint,
-            "parts": dict(self.mixture.parts),
+            "parts": self._parts(),
             "world": self.world.size,
             "drawn": self._drawn.tolist(),
             "faults": self._faults().tolist(),
@@ -301,19 +304,45 @@ class StepLoader:
         if self.world.rank == 0:
             self.lengths.save()
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
+    def _parts(self) -> dict[str, str]:
+        """Everything that decides which draws a position stands for."""
+        parts = dict(self.mixture.parts)
+        wanted = self.composition
+        if wanted.unit == "packs":  # a number inside a window counts packs, which these decide
+            parts["windows"] = digest(
+                [repr(self.packing), repr(self.cost), wanted.lookahead, wanted.packs_per_step]
+            )
+        return parts
+
+    def _restore(self, state: Mapping[str, Any], new_order: bool) -> None:
         if state["version"] > STATE_VERSION:
             raise StateError(
                 f"the loader state has version {state['version']}, this program reads up to {STATE_VERSION}; "
                 "resume with the newer program"
             )
-        if state["order"] != self.mixture.fingerprint:
-            self.mixture.check_state(state["parts"])
         self._position, self._step = int(state["position"]), int(state["step"])
         self._pack = int(state["pack"])
-        if len(state["drawn"]) == len(self._drawn):
-            self._drawn += np.array(state["drawn"], np.int64)
-            self._past_faults += np.array(state["faults"], np.int64)
+        parts, saved = self._parts(), state["parts"]
+        differ = [name for name in sorted(parts | saved) if parts.get(name) != saved.get(name)]
+        if differ == ["windows"] and not self._pack:
+            differ = []  # a new window begins
+        if not differ:
+            if len(state["drawn"]) == len(self._drawn):
+                self._drawn += np.array(state["drawn"], np.int64)
+                self._past_faults += np.array(state["faults"], np.int64)
+            return
+        if not new_order:
+            raise StateError(
+                f"the saved position belongs to another order; differing: {', '.join(differ)}. Restore "
+                "them, or add data to run.resume_allow to continue in the new order."
+            )
+        if self._pack:  # the rest of a window has no counterpart
+            self._position, self._pack = self._position + self.composition.lookahead, 0
+        logger.warning(
+            "continuing at position %d of a new order; differing: %s",
+            self._position,
+            ", ".join(differ),
+        )
 
     def _faults(self) -> IntArray:
         """Broken samples per source, this rank, since the start of the order."""

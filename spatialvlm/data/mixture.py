@@ -26,7 +26,7 @@ from spatialvlm.data.units import (
     mask_digest,
     num_chosen,
 )
-from spatialvlm.errors import ConfigError, StateError
+from spatialvlm.errors import ConfigError
 
 if TYPE_CHECKING:
     from spatialvlm.data.sample import DrawArray
@@ -149,19 +149,6 @@ class Mixture:
     def fingerprint(self) -> str:
         """Identity of the order; a state of another order cannot be resumed."""
         return digest(self.parts)
-
-    def check_state(self, parts: Mapping[str, str]) -> None:
-        """Compare with the parts of a saved order.
-
-        Raises:
-            StateError: Names what differs.
-        """
-        differ = [k for k in sorted(self.parts | dict(parts)) if self.parts.get(k) != parts.get(k)]
-        if differ:
-            raise StateError(
-                f"the saved position belongs to another order; differing: {', '.join(differ)}. Restore "
-                "them, or add data to run.resume_allow to continue in the new order."
-            )
 
     def at(self, position: int) -> Draw:
         """The draw at a position; positions may go beyond :attr:`length`."""

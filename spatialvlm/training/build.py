@@ -273,6 +273,7 @@ def build_load(
         blocked=blocked,
         blocked_key=blocked.key,
         draw_marks=draw_marks,
+        new_order=any(key.split(".")[0] == "data" for key in config.run.resume_allow),
         report=run.say,
     )
 

@@ -112,6 +112,15 @@ def test_finished_runs_are_left_alone_and_other_configurations_refused(
     assert status_of(out)[0] == 0
 
 
+def test_an_unfinished_run_goes_on_with_other_data(run, recipe, tmp_path, caplog):
+    config, out = recipe(1, "qwen3vl"), tmp_path / "run"
+    short = (f"run.dir={out}", "data.length.steps=2", "checkpoint.every=1", "export.final=false")
+    assert run(1, config, *short, "run.stop_after_steps=1") == 0
+    assert run(1, config, *short, "data.seed=3", "run.resume_allow=[data.seed]") == 0
+    assert "of a new order; differing: seed" in caplog.text
+    assert [line["step"] for line in lines(out)] == [0, 1]
+
+
 def test_stage_2_starts_from_a_finished_stage_1(run, recipe, tmp_path, capsys):
     one, two = tmp_path / "one", tmp_path / "two"
     short = ("data.length.steps=2", "checkpoint.every=1")
@@ -186,7 +195,7 @@ def test_held_out_loss_is_logged(run, recipe, rows, tmp_path):
     assert found[1]["eval/answer_acc"] > 0
 
 
-def test_trackers_and_no_secret_anywhere(run, recipe, tmp_path, monkeypatch):
+def test_trackers_and_no_secret_anywhere(run, recipe, tmp_path, monkeypatch, capfd):
     canaries = {
         "WANDB_API_KEY": "canary0000000000000000000000000000000001",
         "HF_TOKEN": "hf_canary2",
@@ -208,3 +217,7 @@ def test_trackers_and_no_secret_anywhere(run, recipe, tmp_path, monkeypatch):
     for path in tmp_path.rglob("*"):
         if path.is_file():
             assert b"canary" not in path.read_bytes(), path
+    assert (out / "logs" / "rank-00000.log").is_file()
+    printed = capfd.readouterr()
+    assert "language_model" in printed.err
+    assert "canary" not in printed.out + printed.err

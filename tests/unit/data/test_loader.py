@@ -116,6 +116,39 @@ def test_state_of_another_order_is_refused(tiny_checkpoint, toy_config):
         build(toy_config(), folder, state=state | {"version": 99})
 
 
+def test_a_run_can_go_on_in_another_order(tiny_checkpoint, toy_config, caplog):
+    """What the error recommends: the position stays, the draws behind it are those of the new order."""
+    folder = tiny_checkpoint("qwen3vl")
+    loader = build(toy_config(), folder)
+    next(iter(loader))
+    state = loader.state_dict()
+    other = toy_config(data={"seed": 1})
+    rest = list(build(other, folder, state=state, new_order=True))
+    assert "continuing at position 12 of a new order; differing: seed" in caplog.text
+    expected = list(build(other, folder))[1:]
+    assert [step.plan.step for step in rest] == [1, 2, 3, 4]
+    assert [uids(step) for step in rest] == [uids(step) for step in expected]
+
+
+def test_packs_of_a_window_are_not_counted_in_another_packing(tiny_checkpoint, toy_config):
+    folder = tiny_checkpoint("qwen3vl")
+    small, large = (toy_config(step=PACKS, packing={"max_tokens": n}) for n in (300, 400))
+    loader = build(small, folder)
+    inside, between = None, None
+    for _ in loader:
+        state = loader.state_dict()
+        if state["pack"]:
+            inside = state
+        else:
+            between = between or state
+    with pytest.raises(StateError, match="differing: windows"):
+        build(large, folder, state=inside)
+    fresh = build(large, folder, state=inside, new_order=True)
+    assert fresh.state_dict()["position"] == inside["position"] + 20
+    assert fresh.state_dict()["pack"] == 0
+    assert build(large, folder, state=between).state_dict()["position"] == between["position"]
+
+
 def test_tail(tiny_checkpoint, toy_config):
     folder = tiny_checkpoint("qwen3vl")
     step = {"global_batch_size": 16}
