@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -198,6 +199,23 @@ def test_a_tracker_that_cannot_be_reached_is_logged_offline_under_the_same_id(
     assert again == second == first  # the resumed run continues the same curves
 
 
+def test_a_tracker_that_is_not_installed_is_told_before_the_first_step(
+    run, recipe, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    options = (f"run.dir={tmp_path / 'run'}", "log.wandb={project: p}")
+    assert run(1, recipe(1, "qwen3vl"), *options) == 2
+    assert "pip install wandb" in capsys.readouterr().err
+    assert record(tmp_path / "run")["state"] == "failed"
+    assert losses(tmp_path / "run") == []
+
+
+def test_a_warm_up_as_long_as_a_very_short_run_is_a_warning(run, recipe, tmp_path, capsys):
+    short = ("data.length.steps=2", "schedule={warmup_steps: 2, warmup_ratio: null}", "export.final=false")  # fmt: skip
+    assert run(1, recipe(1, "qwen3vl"), f"run.dir={tmp_path / 'run'}", *short) == 0
+    assert "warning: the warm-up takes all 2 steps" in capsys.readouterr().err
+
+
 def test_evaluations_are_checked_at_the_start_and_forgiven_once(
     run, recipe, rows, tmp_path, monkeypatch, capsys
 ):
@@ -208,6 +226,11 @@ def test_evaluations_are_checked_at_the_start_and_forgiven_once(
     out = (f"run.dir={tmp_path / 'run'}", "export.final=false")
     assert run(1, recipe(1, "qwen3vl"), *out, held_out("none.jsonl", 5)) == 2
     assert "none.jsonl" in capsys.readouterr().err
+    empty = rows / "empty.jsonl"
+    empty.touch()
+    assert run(1, recipe(1, "qwen3vl"), *out, held_out("empty.jsonl", 5)) == 3
+    assert f"source held: {empty} holds no rows" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
     def fails(*_):
         raise DataError("a benchmark file was deleted")
