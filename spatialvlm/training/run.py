@@ -110,7 +110,11 @@ class OpenRun:
             saved = load_checkpoint(self.checkpoint, engine, self.processes)
             verify_groups(engine.optimizer, engine.groups, 1.0)
             state = TrainState.from_json(saved["counters"])
-            guard.load_state_dict(saved["guard"])
+            try:
+                guard.load_state_dict(saved["guard"])
+            except KeyError as error:
+                msg = f"{self.checkpoint}: train_state.json holds no {error} of the guard."
+                raise CheckpointError(msg) from error
             self.say(
                 f"resumed {self.checkpoint.name}: step {state.step}, {state.samples:,} samples"
             )

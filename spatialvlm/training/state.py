@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,21 @@ class TrainState:
         """Inverse of :meth:`to_json`.
 
         Raises:
-            CheckpointError: A counter is missing or unknown.
+            CheckpointError: A counter or the position of the data path is missing, or a counter is unknown.
         """
-        try:
-            return cls(**values)
-        except TypeError as error:
-            msg = f"train_state.json does not hold the counters of this version: {error}"
-            raise CheckpointError(msg) from error
+        known = {f.name for f in fields(cls)}
+        if known != set(values):
+            raise CheckpointError(
+                f"train_state.json does not hold the counters of this version: {sorted(known - set(values))} missing, "
+                f"{sorted(set(values) - known)} unknown. Resume with the version that wrote the checkpoint."
+            )
+        state = cls(**values)
+        if state.step and not state.loader:
+            raise CheckpointError(
+                f"train_state.json of step {state.step} holds no position of the data path; going on would repeat "
+                "samples. Resume from another checkpoint with run.resume=PATH."
+            )
+        return state
 
 
 def pack_rng() -> dict[str, Tensor]:

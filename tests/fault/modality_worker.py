@@ -33,9 +33,9 @@ STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 RATES = {"language_model": 1e-3, "vision_encoder": 1e-3, "projector": 1e-3, "embeddings": 1e-3}
 VARIANTS = {
     "geometry": (RATES | {"geometry_fusion": 1e-3}, PAIRS, STRATEGIES),
-    "plain": (RATES, MIXED, ("ddp", "zero2", "zero3", "fsdp2")),
-    "frozen_vision": (RATES | {"vision_encoder": None}, MIXED, ("ddp", "zero2", "zero3")),
-    "lora": ({"lora": 1e-3, "projector": 1e-3}, MIXED, ("zero2", "zero3")),
+    "plain": (RATES, MIXED, STRATEGIES),
+    "frozen_vision": (RATES | {"vision_encoder": None}, MIXED, STRATEGIES),
+    "lora": ({"lora": 1e-3, "projector": 1e-3}, MIXED, STRATEGIES),
 }
 
 

@@ -174,6 +174,8 @@ def main():
         for strategy in strategies:
             engine = engine_for(strategy, processes, seed=9)
             load_checkpoint(out_dir / origin / "step-00000003", engine, processes)
+            again = CheckpointStore(out_dir / f"{origin}-as-{strategy}", processes)
+            again.save(3, engine, snapshot)
             result[f"{origin}->{strategy}"] = {"resumed": run_steps(engine, processes, 3, 6)}
     if rank == 0:
         (out_dir / f"result-{size}.json").write_text(json.dumps(result))

@@ -1,6 +1,7 @@
 """Saving, verifying, pruning and loading, with one process and a 4,000-parameter model."""
 
 import json
+import resource
 import shutil
 import threading
 from pathlib import Path
@@ -31,7 +32,7 @@ from spatialvlm.training.distributed import Processes
 from spatialvlm.training.engines import make_engine
 from spatialvlm.training.optim import Group
 from spatialvlm.training.slices import replicated_slices
-from spatialvlm.training.state import pack_rng, unpack_rng
+from spatialvlm.training.state import TrainState, pack_rng, unpack_rng
 from tests.unit.training.fakes import FakeLoader, FakeVLM, prepare
 
 ONE = Processes(0, 1, torch.device("cpu"))
@@ -235,6 +236,37 @@ def test_disk_full_leaves_older_checkpoints_untouched(store, monkeypatch):
     with pytest.raises(CheckpointError, match=r"0 MB free.*lower checkpoint\.keep_last"):
         store.save(2, engine, _snapshot(2))
     assert verify(path)["step"] == 1
+
+
+def test_a_file_that_breaks_off_while_it_is_written_leaves_nothing(store):
+    """The real thing: the kernel stops the write in the middle of the file."""
+    path = store.save(1, _engine(), _snapshot())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"rank 0: \[Errno 27\] File too large.*Older"):
+            store.save(2, _engine(), _snapshot(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(store.folder.iterdir()) == [path]
+    assert store.newest_valid() == (path, [])
+    shutil.rmtree(store.folder)
+    store.folder.write_text("")  # no folder can be made here any more
+    with pytest.raises(CheckpointError, match=r"Cannot start a checkpoint in .*step-00000003"):
+        store.save(3, _engine(), _snapshot(3))
+
+
+def test_a_checkpoint_without_a_counter_or_a_data_position_is_refused():
+    whole = TrainState(step=3, loader={"step": 3}).to_json()
+    assert TrainState.from_json(whole).step == 3
+    for key in whole:
+        with pytest.raises(CheckpointError, match=rf"\['{key}'\] missing"):
+            TrainState.from_json({k: v for k, v in whole.items() if k != key})
+    with pytest.raises(CheckpointError, match=r"\['more'\] unknown"):
+        TrainState.from_json(whole | {"more": 1})
+    with pytest.raises(CheckpointError, match="step 3 holds no position of the data path"):
+        TrainState.from_json(whole | {"loader": {}})
+    assert TrainState.from_json(TrainState().to_json()).step == 0  # stopped before the first step
 
 
 def test_other_parameters_are_refused_by_name(store):
