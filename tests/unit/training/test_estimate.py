@@ -1,9 +1,14 @@
 """Published sizes of real backbones against the formulas."""
 
+import importlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from transformers import CONFIG_MAPPING
 
 from spatialvlm.errors import ConfigError
 from spatialvlm.training.estimate import (
@@ -30,6 +35,78 @@ def _config(name):
 )
 def test_activation_bytes_per_token_and_layer(name, expected):
     assert text_decoder(_config(name)).activation_bytes() == expected
+
+
+def _saved_bytes(make, call, *, real):
+    """Bytes of the storages that a bf16 layer keeps for its backward pass, its parameters left out."""
+    storages = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            storages[storage._cdata] = storage
+        return tensor
+
+    with nullcontext() if real else FakeTensorMode():
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            layer = make()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        own = {p.untyped_storage()._cdata for p in layer.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            out = call(layer)
+    del out
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+LAYERS = {
+    "qwen2_5vl_7b": ("qwen2_5_vl.modeling_qwen2_5_vl", "Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"),
+    "qwen3vl_8b": ("qwen3_vl.modeling_qwen3_vl", "Qwen3VLTextDecoderLayer", "Qwen3VLVisionBlock"),
+    "internvl3_8b": ("internvl.modeling_internvl", None, "InternVLVisionLayer"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(LAYERS))
+def test_activation_formulas_against_saved_tensors_of_real_layers(name):
+    values = _config(name)
+    config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
+    config.text_config._attn_implementation = config.vision_config._attn_implementation = "sdpa"
+    file, text_class, vision_class = LAYERS[name]
+    module = importlib.import_module(f"transformers.models.{file}")
+    text, vision = text_decoder(values), vision_decoder(values)
+
+    def hidden(count, width, batch=(1,)):
+        return torch.randn(*batch, count, width, dtype=torch.bfloat16, requires_grad=True)
+
+    if text_class is not None:
+        found = _saved_bytes(
+            lambda: getattr(module, text_class)(config.text_config, 0),
+            lambda layer: layer(
+                hidden(4096, text.hidden),
+                position_embeddings=(torch.ones(1, 4096, text.head_dim, dtype=torch.bfloat16),) * 2,
+                attention_mask=None,
+                position_ids=None,
+            ),
+            real=False,
+        )
+        assert text.activation_bytes() == pytest.approx(found / 4096, rel=0.002)
+    tables = 0.0
+
+    def see(block):
+        nonlocal tables
+        if name.startswith("internvl"):
+            return block(hidden(64, vision.hidden))
+        tables = 2 * 4 * vision.head_dim  # rotary tables in fp32, the same for all blocks
+        rotary = (torch.randn(64, vision.head_dim), torch.randn(64, vision.head_dim))
+        ends = torch.tensor([0, 64], dtype=torch.int32)
+        return block(hidden(64, vision.hidden, ()), cu_seqlens=ends, position_embeddings=rotary)
+
+    # Real tensors: the blocks read segment lengths on the host.
+    found = _saved_bytes(
+        lambda: getattr(module, vision_class)(config.vision_config), see, real=True
+    )
+    assert vision.activation_bytes() == pytest.approx(found / 64 - tables, rel=0.002)
 
 
 @pytest.mark.parametrize(
