@@ -195,7 +195,7 @@ def toy_config(root: Path, sources: list[dict[str, Any]], **changes: Any) -> Any
     return SimpleNamespace(
         data=DataConfig(**data | changes.get("data", {})),
         step=StepConfig(**changes.get("step", {})),
-        packing=PackingConfig(),
+        packing=PackingConfig(**changes.get("packing", {})),
         shared_prefix=SharedPrefixConfig(min_media_per_step=1),
         loader=LoaderConfig(num_workers=changes.get("num_workers", 0)),
         geometry=None,
@@ -301,7 +301,15 @@ def rows(num_rows: int, workers: int) -> dict[str, Any]:
 
 
 def wait() -> dict[str, Any]:
-    """Share of a step that the training process waits for one worker."""
+    """Share of a step that the training process waits for one worker, with one pack per step and with several."""
+    return {
+        "one_pack": wait_share(max_tokens=16_384),
+        "several_packs": wait_share(max_tokens=1_536),
+    }
+
+
+def wait_share(max_tokens: int) -> dict[str, Any]:
+    """The same for packs of at most ``max_tokens``."""
     from spatialvlm.data.build import build_data
     from spatialvlm.data.sample import World
     from spatialvlm.models.build import build_layout, build_model
@@ -312,12 +320,13 @@ def wait() -> dict[str, Any]:
         root = Path(name)
         folder = make_checkpoint("qwen3vl", root / "model")
         step = {"global_batch_size": 32}
-        config = toy_config(root, write_mix(root, 4000), step=step, num_workers=1)
+        packing = {"max_tokens": max_tokens}
+        config = toy_config(root, write_mix(root, 4000), step=step, packing=packing, num_workers=1)
         cost = CostCoefficients(1.0, 0.0, 0.0, 0.0, 0.0)
         loader = build_data(config, folder, build_layout(folder), cost, World())
         model = build_model(folder, attention="tree_sdpa")
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        waited, total = [], []
+        waited, total, packs = [], [], []
         start = time.perf_counter()
         steps = iter(loader)
         for batches in steps:
@@ -328,6 +337,7 @@ def wait() -> dict[str, Any]:
             end = time.perf_counter()
             waited.append(batches.wait_s)
             total.append(end - start)
+            packs.append(len(batches.batches))
             start = end
             if len(total) == 15:
                 steps.close()
@@ -335,6 +345,7 @@ def wait() -> dict[str, Any]:
         return {
             "steps": len(total) - first,
             "samples_per_step": step["global_batch_size"],
+            "packs_per_step": float(np.mean(packs[steady])),
             "step_s": float(np.median(total[steady])),
             "wait_share": sum(waited[steady]) / sum(total[steady]),
         }

@@ -9,7 +9,8 @@ K questions of about --branch tokens ask about the same video of P visual tokens
 parameters, vision encoder included: once as one pack with a shared prefix, once as K packs; K separate samples are K times the
 median of all separate samples, which are equally long. "limit" is the ratio of predicted FLOPs, "of limit" how much of it
 arrived. The default takes three minutes on an idle core. ``--mix`` trains on files instead: clips with 8 questions each, 1:1 with general rows (half text-only of 60-500 words, half with
-one image), from reading to gradients, once with shared prefixes and once with ``compute: separate`` on the same samples.
+one image), from reading to gradients, once with shared prefixes and once with ``compute: separate`` on the same samples;
+"r2_of_predicted_cost" says how well the predicted FLOPs of all these packs, by which ranks are levelled, tell their seconds.
 CPU seconds (``process_time``) on a CPU, wall seconds on a GPU;
 A and B alternate. Gradients of both are compared.
 """
@@ -279,11 +280,15 @@ def flops(kit: Kit, batches: list[Batch]) -> float:
     return sum(pack_size(batch).flops(cost) for batch in batches)
 
 
-def train(kit: Kit, batches: list[Batch]) -> None:
-    """Gradients of one step."""
+def train(kit: Kit, batches: list[Batch]) -> list[float]:
+    """Gradients of one step; seconds of every pack."""
     kit.model.zero_grad(set_to_none=True)
+    seconds = []
     for batch in batches:
+        start = clock(kit.device)
         kit.model(batch).loss_sum.backward()
+        seconds.append(clock(kit.device) - start)
+    return seconds
 
 
 def mix(kit: Kit) -> dict[str, Any]:
@@ -341,6 +346,8 @@ def mix(kit: Kit) -> dict[str, Any]:
     (root / "general.jsonl").write_text("".join(general))
 
     out: dict[str, Any] = {}
+    measured: list[float] = []
+    predicted: list[float] = []
     for families in ({"spatial": 1.0, "general": 1.0}, {"spatial": 1.0}):
         seconds, samples, tokens = {}, 0, {}
         for compute in ("separate", "shared"):
@@ -372,7 +379,8 @@ def mix(kit: Kit) -> dict[str, Any]:
             train(kit, next(steps).batches)  # warm-up
             start, samples, tokens[compute] = time.process_time(), 0, 0
             for found in steps:
-                train(kit, found.batches)
+                measured += train(kit, found.batches)
+                predicted += [flops(kit, [batch]) for batch in found.batches]
                 samples += sum(len(batch["uids"]) for batch in found.batches)
                 tokens[compute] += sum(int(batch["input_ids"].numel()) for batch in found.batches)
             seconds[compute] = time.process_time() - start
@@ -382,6 +390,8 @@ def mix(kit: Kit) -> dict[str, Any]:
             "samples_per_s": {key: samples / value for key, value in seconds.items()},
             "speedup": seconds["separate"] / seconds["shared"],
         }
+    out["packs"] = len(measured)
+    out["r2_of_predicted_cost"] = float(np.corrcoef(predicted, measured)[0, 1] ** 2)
     return out
 
 
