@@ -6,6 +6,7 @@ sample. Tasks are pure, so nothing is lost but time.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -81,6 +82,9 @@ class WorkerPool:
             if self._collector is None:
                 self._closing, self._error = False, None
                 self._workers = [self._launch() for _ in range(self.num_workers)]
+                atexit.register(
+                    self.close
+                )  # the library would ask them to end, and they do not listen
                 self._collector = threading.Thread(target=self._collect, daemon=True)
                 self._collector.start()
             self._start_tasks()
@@ -117,11 +121,12 @@ class WorkerPool:
 
     def close(self) -> None:
         """Stop the workers and forget unfinished tasks."""
+        atexit.unregister(self.close)
         with self._changed:
             self._closing = True
             self._waiting.clear()
         for worker in self._workers:
-            worker.process.terminate()
+            worker.process.kill()
         if self._collector is not None:
             self._collector.join()
         for worker in self._workers:
@@ -216,7 +221,9 @@ def _serve(pipe: Connection, work: Work, context: Any) -> None:
     """Main loop of a worker."""
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        # A scheduler signals every process of a job; the run saves first and then ends its workers.
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
 

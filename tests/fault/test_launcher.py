@@ -18,7 +18,7 @@ from tests.recipes.conftest import environment, recipe, rows, run
 __all__ = ["environment", "recipe", "rows", "run"]  # fixtures
 
 ROOT = Path(__file__).resolve().parents[2]
-LONG = ("data.length.steps=5000", "schedule={kind: constant, warmup_ratio: 0.0}", "checkpoint.every=5")  # fmt: skip
+LONG = ("data.length.steps=5000", "schedule={kind: constant, warmup_ratio: 0.0}", "checkpoint.every=5", "loader.num_workers=1")  # fmt: skip
 
 
 def wait_for(launcher: subprocess.Popen, condition, seconds: float = 120.0) -> None:
@@ -52,7 +52,10 @@ def test_a_job_that_is_signalled_and_one_that_is_killed_go_on(
     environment["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "120"
     launcher, ranks = launch(config, out, environment)
-    for process in (launcher, *ranks):  # as SLURM does; the launcher passes its own on to the ranks
+    # As SLURM does: to the launcher, which passes it on, to the ranks, and to their loader workers.
+    everything = psutil.Process(launcher.pid).children(recursive=True)
+    assert len(everything) >= 2 + 2 * 3  # per rank a worker, and the two helpers that start it
+    for process in (launcher, *everything):
         os.kill(process.pid, signal.SIGUSR1)
     text = launcher.communicate(timeout=120)[0]
     record = json.loads((out / "run.json").read_text())

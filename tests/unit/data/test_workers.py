@@ -2,13 +2,18 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from spatialvlm.data.workers import WorkerPool
 from spatialvlm.errors import DataError, WorkerError
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def work(context, task, report):
@@ -21,6 +26,9 @@ def work(context, task, report):
         raise DataError(f"sample {value} is broken", reason="truncated")
     if kind == "die":
         os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "signalled":
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
     if kind == "hang":
         time.sleep(60)
     return value
@@ -55,6 +63,25 @@ def test_a_killed_worker_is_named_with_its_sample(pool):
     ticket = workers.submit(("die", 41))
     with pytest.raises(WorkerError, match=r"SIGKILL.*sample 41"):
         workers.get(ticket)
+
+
+def test_signals_that_stop_a_run_do_not_take_its_workers_away(pool):
+    """The run still has to fetch its step and save; it ends them itself."""
+    workers = pool(1)
+    assert workers.get(workers.submit(("signalled", 5))) == 5
+    process = workers._workers[0].process
+    workers.close()
+    assert not process.is_alive()
+
+
+@pytest.mark.fault
+def test_a_program_that_ends_without_closing_them_does_not_wait_for_them():
+    code = (
+        "from spatialvlm.data.workers import WorkerPool; import tests.unit.data.test_workers as t\n"
+        "pool = WorkerPool(t.work, 3, 1); print(pool.get(pool.submit(('other', 4))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr
 
 
 def test_a_hanging_worker_is_ended(pool):
