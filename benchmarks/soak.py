@@ -35,7 +35,7 @@ import kill_harness
 import numpy as np
 import psutil
 
-SAVE_EVERY, LOG_EVERY, SAMPLE_EVERY, SETTLED = 100, 10, 20, 500
+SAVE_EVERY, LOG_EVERY, SAMPLE_EVERY, SETTLED = 100, 20, 20, 500
 ALIVE = ("nan", "disk full", "slow disk") * 2
 """Faults a run survives; they belong to a step and come back when it is trained again."""
 ENDINGS = ("kill", "term", "worker", "kill in save")
@@ -59,7 +59,7 @@ def faults_of_launch(start: int, every: int, launch: int, size: int) -> list[Fau
     alive = [Fault(first + i * every, kind, (launch + i) % size) for i, kind in enumerate(ALIVE)]
     ending = ENDINGS[launch % len(ENDINGS)]
     # Between two saves, so that there is something to train again; a save is where it says so.
-    at = first + len(ALIVE) * every + (0 if ending == "kill in save" else 37)
+    at = first + len(ALIVE) * every + (0 if ending == "kill in save" else 77)
     return [*alive, Fault(at, ending, launch % size)]
 
 

@@ -169,7 +169,7 @@ def read_metrics(path: Path, *, limit: int | None = None) -> list[dict[str, Any]
             if number % stride and number + 1 != count and b'"eval/' not in line:
                 continue
             try:
-                record = json.loads(line)
+                record = {sys.intern(key): value for key, value in json.loads(line).items()}
             except ValueError:
                 continue
             known = by_step.get(record["step"], {})
