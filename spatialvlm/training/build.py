@@ -443,6 +443,7 @@ def build_session(
             schedule,
             config.run.stop_after_steps,
             config.evaluation.every_steps,
+            None if run.memory is None else run.memory.total,
         ),
         steps=steps,
         record=record,

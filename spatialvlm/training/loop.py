@@ -37,6 +37,8 @@ class Run:
     stop_after_steps: int | None = None
     """Save and leave after this many steps of this process."""
     eval_every: int | None = None
+    expected_gb: float | None = None
+    """Estimate of the memory per device, for the message when it is not enough."""
 
     @property
     def total_steps(self) -> int:
@@ -92,7 +94,7 @@ def train(
         empty = head.denominator == 0
         for i, batch in enumerate([] if empty else step.batches):
             last = i + 1 == len(step.batches)
-            with engine.micro_step(last=last), _memory_errors_explained(state, batch):
+            with engine.micro_step(last=last), _memory_errors_explained(run, state, batch):
                 watch.at(state.step, "forward", i, batch["uids"])
                 out = engine(batch)
                 watch.at(state.step, "backward", i, batch["uids"])
@@ -167,7 +169,8 @@ def _advance(
 class _memory_errors_explained:  # noqa: N801 - reads as a phrase in the with statement
     """Turns the device's out-of-memory error into one that names the step and the samples."""
 
-    def __init__(self, state: TrainState, batch: Batch) -> None:
+    def __init__(self, run: Run, state: TrainState, batch: Batch) -> None:
+        self.run = run
         self.state = state
         self.batch = batch
 
@@ -178,10 +181,12 @@ class _memory_errors_explained:  # noqa: N801 - reads as a phrase in the with st
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
         if isinstance(error, torch.OutOfMemoryError):
-            peak = torch.cuda.max_memory_allocated() / 2**30
+            peak = torch.cuda.max_memory_allocated() / 1e9
+            expected = self.run.expected_gb
+            planned = "" if expected is None else f" ({expected:.1f} GB were expected)"
             raise OutOfMemoryError(
                 f"Out of memory in step {self.state.step}: pack of {self.batch['input_ids'].numel()} tokens, samples "
-                f"{self.batch['uids'][:8]}, peak {peak:.1f} GiB. Lower packing.max_tokens, turn on "
+                f"{self.batch['uids'][:8]}, peak {peak:.1f} GB{planned}. Lower packing.max_tokens, turn on "
                 "memory.checkpoint_language_model or memory.checkpoint_vision, or shard more (zero3, fsdp2). "
                 "`--dry-run` prints the estimate."
             ) from error

@@ -1,10 +1,12 @@
 """What goes wrong around a run: damaged checkpoints, changed weights, full disks, signals, trackers, evaluations."""
 
+import itertools
 import json
 import os
 import shutil
 import signal
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -197,6 +199,20 @@ def test_a_tracker_that_cannot_be_reached_is_logged_offline_under_the_same_id(
     (asked, first), (again, second) = ids
     assert asked is None
     assert again == second == first  # the resumed run continues the same curves
+
+
+def test_a_clock_that_jumps_back_is_seen_in_log_stamps_only(run, recipe, tmp_path, monkeypatch):
+    hours = itertools.count(2e9, -3600)
+    monkeypatch.setattr(time, "time", lambda: next(hours))
+    short = ("data.length.steps=3", "checkpoint={every: 100, every_s: 1e-3}", "export.final=false")
+    assert run(1, recipe(1, "qwen3vl"), f"run.dir={tmp_path / 'run'}", *short) == 0
+    lines = [json.loads(t) for t in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["time"] > lines[1]["time"] > lines[2]["time"]
+    assert all(0 < line["step_s"] < 60 and line["tokens_per_s"] > 0 for line in lines)
+    assert all(line["eta_s"] >= 0 for line in lines)
+    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000003"]  # saves that the clock asked for
+    assert record(tmp_path / "run")["summary"]["wall_s"] > 0
 
 
 def test_a_tracker_that_is_not_installed_is_told_before_the_first_step(

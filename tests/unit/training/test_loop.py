@@ -338,6 +338,7 @@ def test_a_full_disk_is_survived_twice_then_ends_the_run(tmp_path, monkeypatch, 
 
 def test_out_of_memory_names_the_step_the_samples_and_what_to_lower(tmp_path, monkeypatch):
     bench = Bench(tmp_path, FakeLoader())
+    bench.run = Run(ONE, bench.run.schedule, expected_gb=61.5)
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -345,7 +346,7 @@ def test_out_of_memory_names_the_step_the_samples_and_what_to_lower(tmp_path, mo
     monkeypatch.setattr(type(bench.engine), "__call__", full)
     with pytest.raises(
         OutOfMemoryError,
-        match=r"step 0: pack of 8 tokens, samples \['fake#0'\].*Lower packing\.max_tokens",
+        match=r"step 0: pack of 8 tokens, samples \['fake#0'\], peak 0\.0 GB \(61\.5 GB were expected\)\. Lower packing\.max_tokens",
     ):
         bench.train()
 
