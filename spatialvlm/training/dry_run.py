@@ -17,7 +17,7 @@ from spatialvlm.config.data import SourceConfig
 from spatialvlm.models.build import build_meta_model
 from spatialvlm.models.spatial_vlm import SpatialVLM
 from spatialvlm.training.build import build_cost, build_groups, build_schedule
-from spatialvlm.training.estimate import format_memory, require_fit
+from spatialvlm.training.estimate import GB, format_memory, require_fit
 from spatialvlm.training.launch import strategy_of
 from spatialvlm.training.metrics import peak_flops
 from spatialvlm.training.optim import group_table
@@ -33,7 +33,7 @@ REFERENCE_TFLOPS = 989.0
 
 
 def dry_run(config: TrainConfig) -> None:
-    """Print the resolved configuration, groups, data, steps, FLOPs, time and memory.
+    """Print the resolved configuration, groups, data, steps, files, FLOPs, time and memory.
 
     Raises:
         ConfigError: Groups, warm-up, or (``memory.strict``) memory do not work out.
@@ -55,8 +55,13 @@ def dry_run(config: TrainConfig) -> None:
     if steps is not None:
         schedule = build_schedule(config, steps)
         out.write(f"steps: {steps:,}, warm-up {schedule.warmup_steps:,}\n")
+    elif config.step.unit == "packs":
+        out.write(
+            "steps: unknown, a step is a number of packs; tools/plan_data.py counts them, data.length={steps: n} sets them\n"
+        )
     else:
         out.write("steps: unknown until the data files are here\n")
+    out.write("\n--- files\n" + describe_files(config, trainable, total) + "\n")
     out.write("\n--- compute\n" + describe_compute(config, model, steps) + "\n")
     out.write("\n--- memory\n" + describe_memory(config, trainable, total - trainable) + "\n")
 
@@ -140,6 +145,25 @@ def planned_steps(config: TrainConfig) -> int | None:
         int(own * config.data.fraction * length.epochs * sum(families.values()) / families[of])
         // batch
     )
+
+
+def describe_files(config: TrainConfig, trainable: int, total: int) -> str:
+    """Disk space of checkpoints and of the model that a run leaves behind."""
+    keep = config.checkpoint.keep_last
+    lines = [
+        f"checkpoints: {12 * trainable / GB:.1f} GB each, every {config.checkpoint.every:,} steps, the newest {keep} kept "
+        "and one more while it is written"
+    ]
+    if not config.export.final:
+        return "\n".join([*lines, "model: none (export.final=false)"])
+    final = f"{config.run.dir}/final"
+    if config.lora is not None and not config.export.merge_lora:
+        lines.append(f"adapters: {final}, about {4 * trainable / GB:.1f} GB")
+    else:
+        width = 4 if "fp32" in (config.export.dtype, config.precision) else 2
+        doubled = ", twice the size of bf16" if config.export.dtype == "fp32" else ""
+        lines.append(f"model: {final}, about {width * total / GB:.1f} GB{doubled}")
+    return "\n".join(lines)
 
 
 def pack_flops(config: TrainConfig, cost: CostCoefficients, merge: int) -> float:

@@ -201,3 +201,15 @@ def test_dry_run_at_full_size(path, run, capsys, monkeypatch):
             flags=re.M,
         )
         assert float(row[1]) <= 0.9 * int(hardware[2])  # the rest is for what nobody counts
+
+
+def test_dry_run_tells_the_disk_space(run, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    recipe = ROOT / "configs" / "stage1" / "qwen2_5vl_3b_ssr2d.yaml"
+    assert run(1, recipe, "export.dtype=fp32", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert (
+        "checkpoints: 45.1 GB each, every 500 steps" in out
+    )  # 12 bytes of 3,754,622,976 parameters
+    assert "runs/qwen2_5vl_3b_ssr2d/final, about 15.0 GB, twice the size of bf16" in out
+    assert "steps: unknown, a step is a number of packs" in out
