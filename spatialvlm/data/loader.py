@@ -360,10 +360,10 @@ class StepLoader:
 
     def _submit(self, step: PlannedStep) -> _Pending:
         plan, draws, sizes, after = step
-        planned = dict(zip(draws["position"].tolist(), sizes["tokens"].tolist(), strict=True))
+        place = {position: at for at, position in enumerate(draws["position"].tolist())}
         own = [packs[self.world.rank] for packs in plan.packs]
         tasks = [
-            PackTask(pack, tuple(planned[draw.position] for draw in pack.draws), flags)
+            PackTask(pack, sizes[[place[draw.position] for draw in pack.draws]], flags)
             for pack, flags in zip(own, plan.flags, strict=True)
         ]
         tickets = [self.pool.submit(task) for task in tasks] if self.pool else []

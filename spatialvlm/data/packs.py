@@ -17,6 +17,8 @@ from spatialvlm.errors import DataError
 from spatialvlm.typing import Batch, ModalityFlags
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from spatialvlm.data.mixture import Mixture
     from spatialvlm.data.sample import LengthArray
     from spatialvlm.typing import IntArray
@@ -26,9 +28,13 @@ class PackTask(NamedTuple):
     """What a worker needs to build one pack."""
 
     pack: PackPlan
-    tokens: tuple[int, ...]
-    """Planned tokens per draw."""
+    sizes: LengthArray
+    """What every draw was planned with; media may have become unreadable since."""
     flags: ModalityFlags
+
+
+Planned = dict[Draw, "npt.NDArray[np.void]"]
+"""Draw -> its record of ``LENGTH_DTYPE``."""
 
 
 class Fault(NamedTuple):
@@ -54,8 +60,8 @@ class BuiltPack(NamedTuple):
 class PackBuilder:
     """Plans of packs -> batches; sent to every worker once.
 
-    A unit whose media cannot be loaded is replaced by the next unit of its lane that can, needs no more
-    tokens, and has the same kinds of media. That is a function of the data alone, so every rank and every
+    Rows of a unit whose media cannot be loaded are replaced by those of the next unit of its lane that can,
+    need no more tokens than planned, and have the same kinds of media. That is a function of the data alone, so every rank and every
     number of workers makes the same choice and the plan stays valid.
     """
 
@@ -73,7 +79,7 @@ class PackBuilder:
         samples: list[Prepared] = []
         groups: list[tuple[int, ...]] = []
         faults: list[Fault] = []
-        planned = dict(zip(task.pack.draws, task.tokens, strict=True))
+        planned = dict(zip(task.pack.draws, task.sizes, strict=True))
         for group in task.pack.groups:
             draws = [task.pack.draws[i] for i in group]
             for found in self._group(draws, planned, faults, report):
@@ -92,7 +98,7 @@ class PackBuilder:
         return BuiltPack(batch, labels, tuple(faults))
 
     def _group(
-        self, draws: list[Draw], planned: dict[Draw, int], faults: list[Fault], report: Report
+        self, draws: list[Draw], planned: Planned, faults: list[Fault], report: Report
     ) -> list[list[Prepared]]:
         """The samples of a group; after a fault, one group per replaced unit."""
         prepared: list[Prepared] = []
@@ -103,8 +109,8 @@ class PackBuilder:
             except DataError as error:
                 if error.reason not in LOAD_REASONS:
                     raise
-                return self._replace(draws, error, faults)
-            check_length(sample.uid, planned[draw], sample.encoded)
+                return self._replace(draws, planned, error, faults)
+            check_length(sample.uid, int(planned[draw]["tokens"]), sample.encoded)
             prepared.append(sample)
         if len(draws) > 1 and not common_prefix([sample.encoded for sample in prepared]):
             raise DataError(
@@ -114,7 +120,7 @@ class PackBuilder:
         return [prepared]
 
     def _replace(
-        self, draws: list[Draw], error: DataError, faults: list[Fault]
+        self, draws: list[Draw], planned: Planned, error: DataError, faults: list[Fault]
     ) -> list[list[Prepared]]:
         out: list[list[Prepared]] = []
         units = {(draw.lane, draw.unit, draw.epoch): draw for draw in draws}
@@ -122,27 +128,22 @@ class PackBuilder:
             members = [
                 draw for draw in draws if (draw.lane, draw.unit, draw.epoch) == (lane, unit, epoch)
             ]
-            rows = self.mixture.unit_rows(lane, unit)
-            wanted = self._measure(first.source, rows, epoch)
-            if (
-                wanted is None
-            ):  # another wording of this epoch is too long; planned with the first one
-                wanted = self._measure(first.source, rows, 0)
-            assert wanted is not None, "a planned unit was measured before"
+            wanted = np.array([planned[draw].item() for draw in members], LENGTH_DTYPE)
+            branches = [draw.branch for draw in members]
             found: dict[int, list[Prepared]] = {}
 
             def usable(
                 candidate: IntArray,
                 wanted: LengthArray = wanted,
                 members: list[Draw] = members,
+                branches: list[int] = branches,
                 found: dict[int, list[Prepared]] = found,
             ) -> bool:
-                sizes = self._measure(members[0].source, candidate, members[0].epoch)
+                sizes = self._measure(members[0].source, candidate[branches], members[0].epoch)
                 if sizes is None or not fits_plan(wanted, sizes):
                     return False
-                prepared = self._load(
-                    members, candidate, alike=len(set(sizes["group_key"].tolist())) == 1
-                )
+                keys = set(sizes["group_key"].tolist())
+                prepared = self._load(members, candidate, alike=len(keys) == 1 and 0 not in keys)
                 if prepared is not None:
                     found[int(candidate[0])] = prepared
                 return prepared is not None

@@ -6,10 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from spatialvlm.data.build import build_data
 from spatialvlm.data.sample import World
-from spatialvlm.errors import BudgetError, MediaError
+from spatialvlm.errors import BudgetError, DataError, MediaError
 from spatialvlm.models.build import build_layout
 from spatialvlm.typing import CostCoefficients
 
@@ -139,6 +140,32 @@ def test_rows_found_unusable_while_planning(toy_data, folder, toy_config, tmp_pa
     assert [sum(len(b["uids"]) for b in step.batches) for step in steps] == [12] * 5
     used = {u for step in uids(steps) for batch in step for u in batch}
     assert not used & {event["uid"] for event in found}
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "another size"])
+def test_media_that_changed_after_they_were_measured(
+    damage, toy_data, folder, toy_config, tmp_path
+):
+    """Lengths come from the cache; the header of the broken file cannot be read any more."""
+    copy = tmp_path / "copy"
+    shutil.copytree(toy_data, copy)
+    config = toy_config(sources=sources(copy), data={"lengths": "exact", **TOLERANT})
+    run(config, folder, tmp_path, "before")
+    path = copy / "s0" / "v0_0.5.png"
+    if damage == "another size":
+        Image.open(path).resize((250, 250)).save(path)
+        with pytest.raises(DataError, match=r"sp/spatial#\d has \d+ tokens but was planned"):
+            list(run(config, folder, tmp_path))
+        return
+    path.unlink() if damage == "gone" else path.write_bytes(b"")
+    steps = list(run(config, folder, tmp_path))
+    found = events(tmp_path)
+    assert {event["uid"] for event in found} == {f"sp/spatial#{row}" for row in range(5)}
+    assert {event["reason"] for event in found} == {
+        "missing" if damage == "gone" else "not_an_image"
+    }
+    assert all(event["replaced_by"] for event in found)
+    assert [sum(len(b["uids"]) for b in step.batches) for step in steps] == [12] * 5
 
 
 def test_rows_of_a_window_are_recorded_once(toy_data, folder, toy_config, tmp_path):
