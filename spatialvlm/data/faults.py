@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from spatialvlm.data.mixture import Mixture
     from spatialvlm.data.sample import Draw, LengthArray, MediaRef, Sample
     from spatialvlm.typing import IntArray
+
+logger = logging.getLogger(__name__)
 
 INDEX_REASONS = (
     "bad_json", "schema", "turn_order", "no_answer", "empty_answer", "marker_count",
@@ -104,8 +107,11 @@ class Quarantine:
             "rank": self.rank,
             "replaced_by": replaced_by,
         }
-        with self.path.open("a") as out:
-            out.write(json.dumps(event) + "\n")
+        try:
+            with self.path.open("a") as out:
+                out.write(json.dumps(event) + "\n")
+        except OSError as failure:  # a full disk; the event is counted and told all the same
+            logger.warning("cannot write %s (%s): %s", self.path, failure, json.dumps(event))
         if self.limits.get(sample.source) == 0:
             raise MediaError(
                 f"{sample.uid}: {error} Source {sample.source} tolerates no broken sample: repair it, or "

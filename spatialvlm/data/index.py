@@ -203,9 +203,10 @@ class SourceIndex:
             return
         path = self.source.root / self.source.files[file]
         size, _ = self.info["files"][file]
-        if path.stat().st_size != size:
+        found = path.stat().st_size if path.is_file() else 0
+        if found != size:
             raise DataError(
-                f"{self.uid(row)}: {path} has {path.stat().st_size} bytes and had {size} when it was "
+                f"{self.uid(row)}: {path} has {found} bytes and had {size} when it was "
                 "indexed. Restore the file or start a new run, which indexes it again."
             )
         self._checked.add(file)

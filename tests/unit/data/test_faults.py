@@ -39,6 +39,14 @@ def test_events_are_written_and_counted(tmp_path):
     assert quarantine.faults().tolist() == [1, 1]
 
 
+def test_a_file_that_cannot_be_written_hides_no_event(tmp_path, caplog):
+    quarantine = Quarantine(tmp_path, ["a"])  # a folder
+    quarantine.add(sample(), broken(), step=7)
+    assert quarantine.faults().tolist() == [1]
+    assert "cannot write" in caplog.text
+    assert '"uid": "a/rows#0"' in caplog.text
+
+
 def test_a_source_without_tolerance_stops_at_the_first_fault(tmp_path):
     quarantine = Quarantine(tmp_path / "q.jsonl", ["a"], limits={"a": 0})
     with pytest.raises(

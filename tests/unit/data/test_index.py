@@ -294,6 +294,9 @@ def test_a_changed_file_is_noticed(make, tmp_path):
         file.write("\n")
     with pytest.raises(DataError, match=r"s/rows#0: .*bytes and had"):
         index.sample(0)
+    (tmp_path / "rows.jsonl").unlink()
+    with pytest.raises(DataError, match=r"s/rows#0: .*has 0 bytes and had"):
+        index.sample(0)
 
 
 def test_a_failed_build_leaves_nothing_behind(make, tmp_path, monkeypatch):
