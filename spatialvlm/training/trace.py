@@ -50,20 +50,21 @@ def explain_non_finite(
 @torch.no_grad()
 def _first_bad_output(engine: Engine, batches: Sequence[Batch]) -> tuple[str, list[str]]:
     first: list[str] = []
+    uids: list[str] | None = None
     handles = [
         module.register_forward_hook(_hook(name, first))
         for name, module in engine.model.named_modules()
         if name
     ]
     try:
-        for batch in batches:
+        for batch in batches:  # all of them: sharded engines gather weights, so ranks need each other to the end
             engine(batch)
-            if first:
-                return first[0], list(batch["uids"])[:8]
+            if first and uids is None:
+                uids = list(batch["uids"])[:8]
     finally:
         for handle in handles:
             handle.remove()
-    return "", []
+    return (first[0] if first else ""), uids or []
 
 
 def _hook(name: str, first: list[str]) -> Any:

@@ -19,13 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 os.environ["DS_ACCELERATOR"] = "cpu"
 import deepspeed.ops
 
+from spatialvlm.errors import NonFiniteError
 from spatialvlm.training.checkpoint import CheckpointStore, Snapshot, load_checkpoint
 from spatialvlm.training.distributed import Processes
 from spatialvlm.training.engines import deepspeed_settings, make_engine
 from spatialvlm.training.estimate import state_bytes
 from spatialvlm.training.optim import build_adamw, plan_groups, set_lrs, verify_groups
+from spatialvlm.training.trace import explain_non_finite
 from spatialvlm.typing import LossOutput
-from tests.unit.training.fakes import RATES, FakeLoader, FakeVLM, prepare
+from tests.unit.training.fakes import RATES, FakeLoader, FakeVLM, make_batch, prepare
 
 ROOT = Path(__file__).resolve().parents[3]
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -162,6 +164,11 @@ def main():
         )
         same = [torch.equal(a, b) for a, b in zip(before, local_state(engine), strict=True)]
         found["inf"] = [*bad, processes.gather(all(same)), run_steps(engine, processes, 10, 11)]
+        batches = [make_batch(2 * i + rank, image=True) for i in range(2)]
+        if rank == size - 1:
+            batches[0]["frames_u8"] = torch.full_like(batches[0]["frames_u8"], math.nan, dtype=torch.float32)  # fmt: skip
+        diagnosis = explain_non_finite(NonFiniteError("5 in a row."), engine, batches, processes)
+        found["diagnosis"] = processes.gather(str(diagnosis))
         again = engine_for(strategy, processes, seed=7)
         load_checkpoint(path, again, processes)
         found["resumed"] = run_steps(again, processes, 3, 6)

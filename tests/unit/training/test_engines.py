@@ -91,6 +91,17 @@ def test_infinities_on_either_rank_change_no_weight_and_no_moment(results, strat
 
 
 @pytest.mark.smoke
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_bad_output_of_one_rank_is_named_by_both(results, strategy):
+    """Also where a forward gathers weights: the other rank must not wait for one that has found its answer."""
+    first, second = results[strategy]["diagnosis"]
+    assert first == second
+    assert "5 in a row. First bad output: " in first
+    assert "visual.0" in first
+    assert "on rank 1, samples ['fake#1']. All parameters are finite." in first
+
+
+@pytest.mark.smoke
 @pytest.mark.parametrize("origin", ["ddp-1", "ddp-2", "zero2-2", "zero3-2", "fsdp2-2"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_checkpoints_move_between_strategies_and_world_sizes(results, origin, strategy):
