@@ -55,7 +55,7 @@ def main() -> None:
     from llamafactory.train.tuner import run_exp
 
     where = {
-        "model_name_or_path": str(args.folder / "model"),
+        "model_name_or_path": str(args.model or args.folder / "model"),
         "dataset_dir": str(work),
         "dataset": "mix",
         "output_dir": str(work / "run"),

@@ -68,7 +68,7 @@ def main() -> None:
     from swift import sft_main
 
     where = {
-        "model": str(args.folder / "model"),
+        "model": str(args.model or args.folder / "model"),
         "dataset": str(work / "mix.jsonl"),
         "output_dir": str(work / "run"),
     }

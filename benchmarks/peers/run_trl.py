@@ -45,7 +45,7 @@ def main() -> None:
     found = recorder(args)
     watch(found)
     trainer = trl.SFTTrainer(
-        model=str(args.folder / "model"),
+        model=str(args.model or args.folder / "model"),
         args=trl.SFTConfig(
             model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},
             chat_template_path=str(template),

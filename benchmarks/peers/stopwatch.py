@@ -30,6 +30,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--model", type=Path, help="instead of FOLDER/model")
     parser.add_argument("--probe", action="store_true", help="record for checks.py, do not time")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more options")
     return parser
