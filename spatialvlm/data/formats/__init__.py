@@ -11,7 +11,7 @@ from typing import Any
 
 from spatialvlm.data.formats.base import Format, Place, Row, SourceAttrs
 from spatialvlm.data.formats.canonical import read_canonical, sample_to_json
-from spatialvlm.data.formats.conversation import read_conversation
+from spatialvlm.data.formats.conversation import check_excluded, read_conversation
 from spatialvlm.data.formats.rows import read_rows
 from spatialvlm.data.formats.scene_qa import read_referring, read_scanqa, read_sqa3d
 from spatialvlm.data.formats.spar import is_spar, read_spar
@@ -159,6 +159,8 @@ def read_row(
         raise place.error("schema", f"is {type(row).__name__}, not an object.")
     samples = fmt.read(row, source, place, fmt)
     for sample in samples:
+        if source.exclude_prefixes:
+            check_excluded(row, sample.media, source, place)
         _check_unicode(sample, place)
     return samples
 

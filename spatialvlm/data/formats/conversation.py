@@ -106,8 +106,6 @@ def build_sample(
     """
     check_turns(turns, place)
     media = _assign(turns, images, videos, place)
-    if attrs.exclude_prefixes:
-        _check_excluded(row, media, attrs, place)
     if attrs.normalize_marker == "front":
         _markers_to_front(turns)
     if attrs.fixes:
@@ -335,7 +333,8 @@ def _count_error(
     )
 
 
-def _check_excluded(row: Row, media: Iterable[MediaRef], attrs: SourceAttrs, place: Place) -> None:
+def check_excluded(row: Row, media: Iterable[MediaRef], attrs: SourceAttrs, place: Place) -> None:
+    """Refuse a row whose media, folders or scene start with one of ``exclude_prefixes``."""
     names = [row.get("scene_name"), row.get("scene_id"), row.get("data_source")]
     for path in (*[ref.path for ref in media], *cell_names(row)):
         names += path.split("/")

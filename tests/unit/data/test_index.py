@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spatialvlm.data.formats import SourceAttrs
+from spatialvlm.data.formats import SourceAttrs, sample_to_json
 from spatialvlm.data.index import FLAG_BLOCKED, FLAG_NO_ID, media_and_prefix_key
 from spatialvlm.data.index_build import build_index
 from spatialvlm.data.sources import Source
@@ -207,6 +207,13 @@ def test_excluded_rows_are_no_defect(make, tmp_path):
     index = build_index(make(rows, exclude_prefixes=("procthor",)), tmp_path / "index")
     assert index.rejected() == {"excluded": 1}
     assert index.eligible().tolist() == [False, True]
+    samples = [sample for _, found in make(rows).scan(0) for sample in found]
+    (tmp_path / "c.jsonl").write_text(
+        "".join(json.dumps(sample_to_json(s)) + "\n" for s in samples)
+    )
+    attrs = SourceAttrs("c", "spatial", exclude_prefixes=("procthor",))
+    canonical = Source(attrs, files=["c.jsonl"], root=tmp_path)
+    assert build_index(canonical, tmp_path / "index").rejected() == {"excluded": 1}
 
 
 def check(text):
