@@ -59,6 +59,8 @@ def describe_end(path: Path, values: Mapping[str, Any]) -> str:
     speed = f"{values['tokens_per_s']:,.0f} tokens/s"
     if values["mfu"] is not None:
         speed += f", MFU {values['mfu']:.1%}"
+    elif values["mfu_gemm"] is not None:
+        speed += f", {values['mfu_gemm']:.0%} of this machine's matrix products"
     lines = [
         f"{values['outcome']} at step {values['steps']:,}: {values['samples']:,} samples, {values['tokens']:,} tokens in "
         f"{duration(values['wall_s'])} ({values['device_hours']:,.2f} device hours, {speed})"

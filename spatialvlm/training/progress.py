@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Step, loss, rate, tokens per second, data wait, remaining time.
+    """Step, loss, rate, tokens per second, utilisation, data wait, remaining time.
 
     Args:
         total: Optimizer steps of the run.
@@ -62,6 +62,8 @@ def describe(scalars: Mapping[str, float]) -> str:
     parts.append(f"{scalars['tokens_per_s']:,.0f} tok/s")
     if "mfu" in scalars:
         parts.append(f"mfu {scalars['mfu']:.1%}")
+    elif "mfu_gemm" in scalars:  # no data sheet: against the matrix products of this process
+        parts.append(f"{scalars['mfu_gemm']:.0%} of gemm")
     parts.append(f"wait {scalars['data_wait']:.0%}")
     parts.append(f"eta {duration(scalars['eta_s'])}")
     return "  ".join(parts)

@@ -50,6 +50,11 @@ def test_stage_2_equals_one_process(recipe, tmp_path, environment, strategy):
     assert losses(out) == pytest.approx(
         json.loads((GOLDEN / "stage2_qwen3vl.json").read_text()), rel=1e-5
     )
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    parts = {"language_model", "vision_encoder", "projector", "embeddings", "geometry_fusion"}
+    assert {name[3:] for name in last if name.startswith("lr/")} == parts
+    assert {name[10:] for name in last if name.startswith("grad_norm/")} == parts | {"total"}
+    assert all(last[f"grad_norm/{part}"] > 0 for part in parts)
     assert json.loads((out / "run.json").read_text())["state"] == "finished"
     assert sorted(p.name for p in (out / "logs").iterdir()) == ["rank-00000.log", "rank-00001.log"]
     assert (

@@ -20,6 +20,7 @@ from spatialvlm.training.loop import Fetcher, Run, train
 from spatialvlm.training.loss import LossSums
 from spatialvlm.training.metrics import Interval, Meter, pack_size
 from spatialvlm.training.optim import make_schedule
+from spatialvlm.training.progress import describe
 from spatialvlm.training.recorder import Recorder
 from spatialvlm.training.saver import Saver
 from spatialvlm.training.signals import StopFlag
@@ -203,7 +204,7 @@ def test_evaluation_is_no_time_of_a_step(tmp_path, monkeypatch):
 
 def test_the_printed_summary_says_what_happened_and_where_it_is():
     values = {
-        "outcome": "finished", "steps": 2000, "samples": 16000, "tokens": 3_200_000, "tokens_per_s": 4437.1, "mfu": 0.412,
+        "outcome": "finished", "steps": 2000, "samples": 16000, "tokens": 3_200_000, "tokens_per_s": 4437.1, "mfu": 0.412, "mfu_gemm": 0.7,
         "wall_s": 721.0, "device_hours": 1.6, "final": {"loss": 0.3712}, "skipped": 1, "empty": 0, "spikes": 3,
         "faults": {"media": 2.0}, "checkpoint": "checkpoints/step-00002000", "export": "final",
     }  # fmt: skip
@@ -213,6 +214,26 @@ def test_the_printed_summary_says_what_happened_and_where_it_is():
         "checkpoint runs/a/checkpoints/step-00002000",
         "model runs/a/final",
     ]
+    stopped = values | {"mfu": None, "mfu_gemm": 0.6, "outcome": "preempted", "export": None}
+    text = describe_end(Path("runs/a"), stopped)
+    assert text.startswith("preempted at step 2,000")
+    assert "60% of this machine's matrix products" in text
+    assert "model" not in text
+
+
+def test_progress_shows_the_utilisation_that_is_known():
+    line = {
+        "loss": 0.5,
+        "lr/lora": 1e-4,
+        "tokens_per_s": 4437.0,
+        "mfu_gemm": 0.61,
+        "data_wait": 0.02,
+        "eta_s": 3723.0,
+    }
+    assert (
+        describe(line) == "loss 0.5000  lr 1.00e-04  4,437 tok/s  61% of gemm  wait 2%  eta 1:02:03"
+    )
+    assert "tok/s  mfu 41.2%  wait" in describe(line | {"mfu": 0.412})
 
 
 def test_tensors_read_on_the_host_stay_there():
