@@ -16,6 +16,7 @@ from spatialvlm.config import TrainConfig, dump_yaml
 from spatialvlm.config.data import SourceConfig
 from spatialvlm.models.build import build_meta_model
 from spatialvlm.models.spatial_vlm import SpatialVLM
+from spatialvlm.training.base import backbone_file
 from spatialvlm.training.build import build_cost, build_groups, build_schedule
 from spatialvlm.training.estimate import GB, format_memory, require_fit
 from spatialvlm.training.launch import strategy_of
@@ -23,7 +24,6 @@ from spatialvlm.training.metrics import peak_flops
 from spatialvlm.training.optim import group_table
 from spatialvlm.training.plan import SUPERVISED_SHARE, VISUAL_SHARE, plan_memory
 from spatialvlm.training.progress import duration
-from spatialvlm.training.run import backbone_file
 from spatialvlm.typing import CostCoefficients
 
 ASSUMED_MFU = 0.4

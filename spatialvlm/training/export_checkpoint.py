@@ -9,10 +9,10 @@ import torch
 from spatialvlm.config import TrainConfig, load_config
 from spatialvlm.errors import CheckpointError
 from spatialvlm.models.build import build_model
+from spatialvlm.training.base import check_base, same_base
 from spatialvlm.training.build import build_groups, load_dtype
 from spatialvlm.training.checkpoint import SliceReader, verify
 from spatialvlm.training.export import full_state, write_model
-from spatialvlm.training.run import check_base, same_base
 
 
 def export_checkpoint(checkpoint: Path, target: Path, *, trust_remote_code: bool = False) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from spatialvlm.config import TrainConfig
+from spatialvlm.training.base import backbone_config
 from spatialvlm.training.distributed import Processes
 from spatialvlm.training.engines import Strategy
 from spatialvlm.training.estimate import (
@@ -23,7 +24,6 @@ from spatialvlm.training.estimate import (
     vision_decoder,
 )
 from spatialvlm.training.optim import Schedule
-from spatialvlm.training.run import backbone_config
 from spatialvlm.training.state import write_json
 
 VISUAL_SHARE = 0.5

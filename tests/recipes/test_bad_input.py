@@ -14,9 +14,10 @@ import pytest
 
 from spatialvlm.config import TrainConfig, load_config
 from spatialvlm.errors import CheckpointError, ConfigError, LaunchError
+from spatialvlm.training.base import check_base
 from spatialvlm.training.distributed import Processes, same_everywhere
 from spatialvlm.training.entry import exit_code, parse_arguments
-from spatialvlm.training.run import changed_keys, check_base
+from spatialvlm.training.run import changed_keys
 from spatialvlm.training.state import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,8 +9,8 @@ from safetensors.numpy import save_file
 
 from spatialvlm.config.geometry import GeometryConfig
 from spatialvlm.errors import CheckpointError, ConfigError
-from spatialvlm.training import run
-from spatialvlm.training.run import (
+from spatialvlm.training import base as base_module
+from spatialvlm.training.base import (
     backbone_config,
     check_base,
     folder_manifest,
@@ -40,7 +40,7 @@ def base(tmp_path):
 def test_changed_weights_are_refused_from_a_folder_and_from_the_hub(
     base, hub, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(run, "_download", lambda *_, **__: base)
+    monkeypatch.setattr(base_module, "_download", lambda *_, **__: base)
     config = settings("owner/name" if hub else str(base))
     path, lineage = check_base(config)
     assert path == base
