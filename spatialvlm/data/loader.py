@@ -146,8 +146,10 @@ class StepLoader:
         self._position, self._pack, self._step = 0, 0, 0
         self._said_few_media = False
         num_sources = len(lengths.encoder.indices)
+        # Over all ranks since the start of the order; those of the past come from the state.
         self._drawn = np.zeros(num_sources, np.int64)
         self._past_faults = np.zeros(num_sources, np.int64)
+        self._faults = self._past_faults
         self._planned_faults: list[tuple[int, Fault]] = []
         if state:
             self._restore(state, new_order)
@@ -276,7 +278,9 @@ class StepLoader:
                     return
                 after = pending[0].after
                 ready = self._collect(pending.popleft(), asked)
-                self._check_budget(ready)
+                self._count(ready)
+                if self.world.size == 1:  # else the training loop sums over ranks
+                    self.check_budget(self.own_faults())
                 self._position, self._pack = after
                 self._step = ready.plan.step + 1
                 yield ready
@@ -294,7 +298,7 @@ class StepLoader:
             "parts": self._parts(),
             "world": self.world.size,
             "drawn": self._drawn.tolist(),
-            "faults": self._faults().tolist(),
+            "faults": self._faults.tolist(),
         }
 
     def close(self) -> None:
@@ -330,6 +334,7 @@ class StepLoader:
             if len(state["drawn"]) == len(self._drawn):
                 self._drawn += np.array(state["drawn"], np.int64)
                 self._past_faults += np.array(state["faults"], np.int64)
+                self._faults = self._past_faults
             return
         if not new_order:
             raise StateError(
@@ -344,19 +349,30 @@ class StepLoader:
             ", ".join(differ),
         )
 
-    def _faults(self) -> IntArray:
-        """Broken samples per source, this rank, since the start of the order."""
+    def own_faults(self) -> IntArray:
+        """int64 ``[num_sources]``: broken samples of this rank in this process; sum them over ranks."""
         if self.quarantine is None:
-            return self._past_faults
-        return self._past_faults + self.quarantine.faults()
+            return np.zeros_like(self._past_faults)
+        return self.quarantine.faults()
 
-    def _check_budget(self, step: StepBatches) -> None:
-        """Every rank judges its own draws; the loop stops all ranks when one of them fails."""
-        for packs in step.plan.packs:
-            for draw in packs[self.world.rank].draws:
-                self._drawn[draw.source] += 1
+    def check_budget(self, faults: IntArray) -> None:
+        """Compare the broken samples of all ranks with the tolerance; the same call on every rank.
+
+        Args:
+            faults: int64 ``[num_sources]``: :meth:`own_faults`, summed over ranks.
+
+        Raises:
+            BudgetError: Too many.
+        """
+        self._faults = self._past_faults + faults
         if self.quarantine is not None:
-            self.quarantine.check(self._faults(), self._drawn)
+            self.quarantine.check(self._faults, self._drawn)
+
+    def _count(self, step: StepBatches) -> None:
+        for packs in step.plan.packs:
+            for pack in packs:
+                for draw in pack.draws:
+                    self._drawn[draw.source] += 1
 
     def _submit(self, step: PlannedStep) -> _Pending:
         plan, draws, sizes, after = step

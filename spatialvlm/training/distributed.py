@@ -227,16 +227,20 @@ class StepHeader:
     """Ranks whose background save has been written."""
     fault: float = 0.0
     """Ranks whose data path raised."""
+    broken: tuple[float, ...] = ()
+    """Broken samples so far by source; of equal length on all ranks."""
 
 
 def exchange(processes: Processes, header: StepHeader) -> StepHeader:
     """Sum a header over all ranks: the only data-dependent collective outside the model."""
-    names = [f.name for f in fields(StepHeader)]
-    values = torch.tensor([getattr(header, n) for n in names], dtype=torch.float64).to(
-        processes.device
-    )
+    names = [f.name for f in fields(StepHeader) if f.name != "broken"]
+    own = [*(getattr(header, n) for n in names), *header.broken]
+    values = torch.tensor(own, dtype=torch.float64).to(processes.device)
     processes.sum(values)
-    return StepHeader(**dict(zip(names, values.tolist(), strict=True)))
+    sums = values.tolist()
+    return StepHeader(
+        **dict(zip(names, sums[: len(names)], strict=True)), broken=tuple(sums[len(names) :])
+    )
 
 
 def leave(processes: Processes) -> None:

@@ -67,6 +67,8 @@ class HeldOutLoss:
                     out = engine(batch)
                     sums.add(out, batch)
                     answers.add(out, batch)
+            broken = torch.tensor(fetcher.broken(), dtype=torch.float64).to(self.processes.device)
+            fetcher.check_budget(self.processes.sum(broken).tolist())
         finally:  # training goes on after a first failure
             self.restore_mode()
             loader.close()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from spatialvlm.errors import DataError, NonFiniteError, OutOfMemoryError, SpatialVLMError
@@ -79,8 +80,9 @@ def train(
         if run.stop_after_steps is not None and state.step - first_step >= run.stop_after_steps:
             stop.request("run.stop_after_steps")
         watch.at(state.step, "exchange")
-        head = exchange(run.processes, _header(step, stop, save))
+        head = exchange(run.processes, _header(step, steps, stop, save))
         _raise_together(run.processes, head, step)
+        steps.check_budget(head.broken)
         if head.written == run.processes.size:
             watch.at(state.step, "save")
             save.complete(state)
@@ -126,7 +128,7 @@ def train(
     return "finished"
 
 
-def _header(step: FetchedStep, stop: StopFlag, save: Saver) -> StepHeader:
+def _header(step: FetchedStep, steps: Fetcher, stop: StopFlag, save: Saver) -> StepHeader:
     return StepHeader(
         denominator=step.denominator,
         label_tokens=float(step.label_tokens),
@@ -137,6 +139,7 @@ def _header(step: FetchedStep, stop: StopFlag, save: Saver) -> StepHeader:
         save_due=float(save.clock_due()),
         written=float(save.written()),
         fault=float(step.error is not None),
+        broken=steps.broken(),
     )
 
 
@@ -243,6 +246,21 @@ class Fetcher:
             wait_s=float(step.wait_s),
             source=step,
         )
+
+    def broken(self) -> tuple[float, ...]:
+        """Broken samples of this rank so far, by source."""
+        return tuple(float(count) for count in self.loader.own_faults())
+
+    def check_budget(self, broken: Sequence[float]) -> None:
+        """Judge the broken samples of all ranks.
+
+        Args:
+            broken: :meth:`broken`, summed over ranks.
+
+        Raises:
+            BudgetError: Too many; the same on every rank.
+        """
+        self.loader.check_budget(np.array(broken, np.int64))
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the last fetched step."""

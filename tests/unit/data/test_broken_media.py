@@ -113,6 +113,30 @@ def test_budget(broken, folder, toy_config, tmp_path):
     assert "max_bad_fraction 0.001" in str(caught.value)
 
 
+def test_the_budget_is_one_of_all_ranks(broken, folder, toy_config, tmp_path):
+    """No rank judges alone; the loop sums the counts, and then every rank comes to the same end."""
+    root = broken(*(f"s{scene}/v0_0.5.png" for scene in range(4)))
+    config = toy_config(sources=sources(root), data={"length": {"epochs": 2.0}})
+    loaders = [run(config, folder, tmp_path, f"r{r}", World(r, 2)) for r in range(2)]
+    raised = 0
+    for number, _ in enumerate(zip(*loaders, strict=True), start=1):
+        total = sum(loader.own_faults() for loader in loaders)
+        try:
+            for loader in loaders:
+                loader.check_budget(total)
+                assert loader.state_dict()["faults"] == total.tolist()
+        except BudgetError as error:
+            raised = 1
+            with pytest.raises(BudgetError, match="all sources: ") as other:
+                loaders[1].check_budget(total)
+            assert f"all sources: {total.sum()} of {12 * number} drawn" in str(error)  # noqa: PT017
+            assert str(other.value).split("broken")[0] == str(error).split("broken")[0]  # noqa: PT017
+            break
+    assert raised
+    for loader in loaders:
+        loader.close()
+
+
 def test_a_strict_source_tolerates_nothing(broken, folder, toy_config, tmp_path):
     root = broken("s0/v0_0.5.png")
     with pytest.raises(MediaError, match="tolerates no broken sample"):

@@ -176,6 +176,12 @@ class FakeLoader:
     def state_dict(self):
         return {"step": self.step}
 
+    def own_faults(self):
+        return [1]
+
+    def check_budget(self, faults):
+        assert faults.tolist() == [self.size]  # summed over ranks
+
 
 def prepare(model: FakeVLM, rates=RATES, weight_decay=0.01):
     """Groups and an optimizer factory for a fake model."""
