@@ -16,13 +16,14 @@ from spatialvlm.config import TrainConfig, dump_yaml
 from spatialvlm.config.data import SourceConfig
 from spatialvlm.models.build import build_meta_model
 from spatialvlm.models.spatial_vlm import SpatialVLM
+from spatialvlm.sequence.pixels import PixelSpec
 from spatialvlm.training.base import backbone_file
 from spatialvlm.training.build import build_cost, build_groups, build_schedule
 from spatialvlm.training.estimate import GB, format_memory, require_fit
 from spatialvlm.training.launch import strategy_of
 from spatialvlm.training.metrics import peak_flops
 from spatialvlm.training.optim import group_table
-from spatialvlm.training.plan import SUPERVISED_SHARE, VISUAL_SHARE, plan_memory
+from spatialvlm.training.plan import SUPERVISED_SHARE, VISUAL_SHARE, pack_patches, plan_memory
 from spatialvlm.training.progress import duration
 from spatialvlm.typing import CostCoefficients
 
@@ -166,13 +167,22 @@ def describe_files(config: TrainConfig, trainable: int, total: int) -> str:
     return "\n".join(lines)
 
 
-def pack_flops(config: TrainConfig, cost: CostCoefficients, merge: int) -> float:
-    """Training FLOPs of one full pack under the stated shares, attention inside samples of 1,024 tokens."""
+def pack_flops(config: TrainConfig, cost: CostCoefficients, pixels: PixelSpec) -> float:
+    """Training FLOPs of one full pack under the stated shares.
+
+    Attention spans samples of 1,024 tokens, vision frames of 1,024 patches, and in the geometry encoder, which sees one
+    token per patch and frame, videos of ``num_frames`` such frames.
+    """
     tokens = config.packing.max_tokens
     sample = min(1024, tokens)
-    patches = tokens * VISUAL_SHARE * merge
+    patches = pack_patches(config, pixels.merge**2)
+    seen = patches * (1 if pixels.layout == "frames" else pixels.temporal)
+    video = min(seen, 1024 * config.data.media.num_frames)
     return (
-        cost.per_token * tokens
+        cost.geometry_per_token * seen
+        + cost.geometry_per_frame_pair * seen * min(1024, seen)
+        + cost.geometry_per_global_pair * seen * video
+        + cost.per_token * tokens
         + cost.per_pair * tokens / sample * sample * (sample + 1) / 2
         + cost.per_head_row * tokens * SUPERVISED_SHARE
         + cost.per_patch * patches
@@ -183,16 +193,17 @@ def pack_flops(config: TrainConfig, cost: CostCoefficients, merge: int) -> float
 def describe_compute(config: TrainConfig, model: SpatialVLM, steps: int | None) -> str:
     """FLOPs per token and per pack, and the time they imply."""
     cost = build_cost(config, model)
-    merge = model.adapter.pixels.merge**2
-    need, spent = pack_flops(config, cost.model, merge), pack_flops(config, cost.balance, merge)
+    pixels = model.adapter.pixels
+    need, spent = pack_flops(config, cost.model, pixels), pack_flops(config, cost.balance, pixels)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak = peak_flops(device) or REFERENCE_TFLOPS * 1e12
     world = config.parallel.world_size or int(os.environ.get("WORLD_SIZE", "8"))
     seconds = need / (peak * ASSUMED_MFU)
+    seen = ", geometry encoder included" if cost.model.geometry_per_token else ""
     lines = [
         f"per language-model token {cost.model.per_token / 1e9:.2f} GFLOP, per vision patch "
         f"{cost.model.per_patch / 1e9:.2f} GFLOP (forward and backward of what trains)",
-        f"a full pack ({VISUAL_SHARE:.0%} visual, {SUPERVISED_SHARE:.0%} supervised): {need / 1e12:.1f} TFLOP, "
+        f"a full pack ({VISUAL_SHARE:.0%} visual{seen}, {SUPERVISED_SHARE:.0%} supervised): {need / 1e12:.1f} TFLOP, "
         f"{spent / 1e12:.1f} with recomputation",
         f"time: about {seconds:.2f} s per pack and device at {ASSUMED_MFU:.0%} of {peak / 1e12:.0f} TFLOP/s (an "
         "assumption, not a measurement)",

@@ -31,6 +31,18 @@ VISUAL_SHARE = 0.5
 SUPERVISED_SHARE = 0.1
 
 
+def pack_patches(config: TrainConfig, merge: int) -> int:
+    """Vision patches of a full pack.
+
+    Args:
+        config: Recipe; where its geometry branch adds tokens, half of the visual ones are spatial twins without patches.
+        merge: Patches per visual token.
+    """
+    geometry = config.geometry
+    twins = geometry is not None and geometry.encoder != "none" and geometry.insertion != "in_place"
+    return int(config.packing.max_tokens * VISUAL_SHARE * merge / (2 if twins else 1))
+
+
 def plan_memory(
     config: TrainConfig,
     *,
@@ -55,7 +67,7 @@ def plan_memory(
         text,
         vision,
         tokens=tokens,
-        patches=int(tokens * VISUAL_SHARE * 4),
+        patches=pack_patches(config, 4),
         head_rows=config.memory.head_rows,
         supervised=int(tokens * SUPERVISED_SHARE),
         checkpoint_text=config.memory.checkpoint_language_model,

@@ -6,6 +6,11 @@ from pathlib import Path
 import pytest
 
 from spatialvlm.config import TrainConfig, load_config
+from spatialvlm.sequence.pixels import PixelSpec
+from spatialvlm.training import dry_run as dry_run_module
+from spatialvlm.training.build import build_schedule
+from spatialvlm.training.dry_run import pack_flops, planned_steps
+from spatialvlm.typing import CostCoefficients
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = sorted(p for d in ("stage1", "stage2", "tiny") for p in (ROOT / "configs" / d).glob("*.yaml"))
@@ -201,6 +206,38 @@ def test_dry_run_at_full_size(path, run, capsys, monkeypatch):
             flags=re.M,
         )
         assert float(row[1]) <= 0.9 * int(hardware[2])  # the rest is for what nobody counts
+
+
+def test_the_time_of_a_pack_includes_the_geometry_encoder():
+    """A 16k pack of stage 2 is one video of 32 frames with 1,024 patches each; VGGT sees 32,768 tokens of it."""
+    config = load_config(ROOT / "configs/stage2/qwen2_5vl_7b_interleaved.yaml", [], TrainConfig)
+    pixels = PixelSpec("patches", (0.5,) * 3, (0.5,) * 3, 14)
+    only = CostCoefficients(0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1e6, 1e12)
+    expected = 32_768 + 1e6 * 32 * 1024**2 + 1e12 * 32_768**2
+    assert pack_flops(config, only, pixels) == pytest.approx(expected)
+    vision = CostCoefficients(0.0, 0.0, 0.0, 1.0, 0.0)
+    assert pack_flops(config, vision, pixels) == 16_384
+    beside = load_config(ROOT / "configs/stage2/qwen2_5vl_7b_in_place.yaml", [], TrainConfig)
+    assert pack_flops(beside, vision, pixels) == 32_768  # no spatial twins among the tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "steps", "warmup"),
+    [
+        ("stage1/qwen3vl_8b_sensenova_si", 832_132, 6501, 66),
+        ("stage1/internvl3_8b_sensenova_si", 832_132, 6501, 196),
+        ("stage2/qwen2_5vl_7b_interleaved", 917_000, 21_492, 645),
+        ("stage1/qwen2_5vl_7b_internspatial", 100_000, 1562, 47),  # 1:1 with general data
+    ],
+)
+def test_steps_follow_from_rows(name, rows, steps, warmup, monkeypatch):
+    config = load_config(ROOT / "configs" / f"{name}.yaml", [], TrainConfig)
+    first = config.data.sources[0].name
+    monkeypatch.setattr(
+        dry_run_module, "rows_of", lambda source: rows if source.name == first else 0
+    )
+    assert planned_steps(config) == steps
+    assert build_schedule(config, steps).warmup_steps == warmup
 
 
 def test_dry_run_tells_the_disk_space(run, capsys, monkeypatch):
