@@ -31,6 +31,7 @@ def close_run(
     Raises:
         CheckpointError: The last checkpoint or the export cannot be written.
     """
+    session.watch.at(state.step, "save")  # what follows takes its time
     if outcome == "finished":
         session.save(state, engine, final=True)
         checkpoint = run.store.path(state.step)

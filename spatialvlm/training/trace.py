@@ -57,7 +57,8 @@ def _first_bad_output(engine: Engine, batches: Sequence[Batch]) -> tuple[str, li
         if name
     ]
     try:
-        for batch in batches:  # all of them: sharded engines gather weights, so ranks need each other to the end
+        # All of them: sharded engines gather weights, so the ranks need each other to the end.
+        for batch in batches:
             engine(batch)
             if first and uids is None:
                 uids = list(batch["uids"])[:8]

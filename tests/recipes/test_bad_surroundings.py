@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from spatialvlm.errors import CheckpointError, DataError, LaunchError
-from spatialvlm.training import build, plan
+from spatialvlm.training import build, finish, plan
 from spatialvlm.training.distributed import start_processes
 from spatialvlm.training.evaluate_loss import HeldOutLoss
 from spatialvlm.training.export_checkpoint import export_checkpoint
+from spatialvlm.training.watchdog import Watchdog
 
 GOLDEN = Path(__file__).parent / "golden" / "stage1_qwen3vl.json"
 
@@ -266,6 +267,23 @@ def test_a_run_folder_that_disappears_is_named(run, recipe, tmp_path, monkeypatc
     )  # after the first save
     assert run(1, recipe(1, "qwen3vl"), f"run.dir={out}") == 1
     assert str(out) in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_slow_export_is_no_hang(run, recipe, tmp_path, monkeypatch):
+    """The last save and the export of a large model on a slow disk outlast the time limit of a step."""
+    phases, limits = [], []
+    original = Watchdog.at
+
+    def at(self, step, phase, *more):
+        original(self, step, phase, *more)
+        phases.append((phase, self.limit()))
+
+    monkeypatch.setattr(Watchdog, "at", at)
+    monkeypatch.setattr(finish, "export", lambda *_: limits.append(phases[-1]))
+    short = ("data.length.steps=2", "schedule.warmup_ratio=0.0", "parallel.timeout_s=60")
+    assert run(1, recipe(1, "qwen3vl"), f"run.dir={tmp_path / 'run'}", *short) == 0
+    assert ("log", 60.0) in phases
+    assert limits == [("save", 3600.0)]
 
 
 CODE = {"auto_map": {"AutoModelForImageTextToText": "modeling_mine.Mine"}}
