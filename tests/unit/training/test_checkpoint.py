@@ -288,6 +288,22 @@ def test_symbolic_links_are_refused(store, tmp_path):
         verify(path)
 
 
+def test_nothing_outside_is_deleted_through_a_link(store, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").touch()
+    store.folder.mkdir()
+    for name in ("step-00000001", "step-00000003.tmp"):
+        (store.folder / name).symlink_to(outside)
+    engine = _engine()
+    for step in (5, 6, 7, 8):
+        store.save(step, engine, _snapshot(step))
+    assert CheckpointStore(store.folder, ONE).newest_valid()[0].name == "step-00000008"
+    with pytest.raises(CheckpointError, match=r"Cannot start a checkpoint in .*File exists"):
+        store.save(3, engine, _snapshot(3))
+    assert [p.name for p in outside.iterdir()] == ["precious"]
+
+
 @given(
     st.sets(st.integers(0, 60), max_size=20),
     st.integers(2, 4),
