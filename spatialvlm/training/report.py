@@ -27,21 +27,22 @@ COLOURS = (
     "#6633cc",
     "#888888",
 )
-CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("Loss", ("loss", "eval/loss")),
-    ("Held-out loss by source", ("eval/loss/",)),
-    ("Held-out samples with every token right", ("eval/answer_acc", "eval/answer_acc/")),
-    ("Loss by source", ("loss/source/",)),
-    ("Loss by capability", ("loss/capability/",)),
-    ("Accuracy of supervised tokens", ("token_acc",)),
-    ("Learning rate by part", ("lr/",)),
-    ("Gradient norm by part", ("grad_norm/",)),
-    ("Tokens per second", ("tokens_per_s", "supervised_tokens_per_s")),
-    ("Model FLOP utilisation", ("mfu", "mfu_gemm")),
-    ("Waits and padding (share)", ("data_wait", "padding", "clipped")),
-    ("Memory, GiB", ("memory/",)),
-    ("Realised mixture (share of samples)", ("share/samples/",)),
+CHARTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
+    ("Loss", ("loss", "eval/loss"), True),
+    ("Held-out loss by source", ("eval/loss/",), True),
+    ("Held-out samples with every token right", ("eval/answer_acc", "eval/answer_acc/"), False),
+    ("Loss by source", ("loss/source/",), True),
+    ("Loss by capability", ("loss/capability/",), True),
+    ("Accuracy of supervised tokens", ("token_acc",), False),
+    ("Learning rate by part", ("lr/",), False),
+    ("Gradient norm by part", ("grad_norm/",), True),
+    ("Tokens per second", ("tokens_per_s", "supervised_tokens_per_s"), False),
+    ("Model FLOP utilisation", ("mfu", "mfu_gemm"), False),
+    ("Waits and padding (share)", ("data_wait", "padding", "clipped"), False),
+    ("Memory, GiB", ("memory/",), False),
+    ("Realised mixture (share of samples)", ("share/samples/",), False),
 )  # fmt: skip
+"""Title, metrics (all that begin with a name that ends in a slash), logarithmic."""
 MAX_POINTS = 400
 
 
@@ -49,6 +50,7 @@ def svg_lines(
     series: Mapping[str, Sequence[tuple[float, float]]],
     *,
     marks: Sequence[tuple[float, str]] = (),
+    log_y: bool = False,
     width: int = 620,
     height: int = 240,
 ) -> str:
@@ -57,11 +59,16 @@ def svg_lines(
     Args:
         series: Label -> (x, y) points; non-finite values are left out.
         marks: Vertical event lines (x, label).
+        log_y: Logarithmic axis; values that are not above 0 are left out.
         width: Pixels.
         height: Pixels.
     """
     clean = {
-        name: [(x, y) for x, y in points if math.isfinite(y)]
+        name: [
+            (x, math.log10(y) if log_y else y)
+            for x, y in points
+            if math.isfinite(y) and (y > 0 or not log_y)
+        ]
         for name, points in series.items()
         if points
     }
@@ -80,15 +87,15 @@ def svg_lines(
         return f"{px:.1f},{py:.1f}"
 
     parts = [f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">']
-    for y in ticks(y_low, y_high):
+    for y, label in log_ticks(y_low, y_high) if log_y else number_ticks(y_low, y_high):
         x0, py = place(x_low, y).split(",")
         parts.append(f'<line x1="{x0}" x2="{width - right}" y1="{py}" y2="{py}" stroke="#ddd"/>')
         parts.append(
-            f'<text x="{left - 4}" y="{float(py) + 4:.1f}" text-anchor="end">{_number(y)}</text>'
+            f'<text x="{left - 4}" y="{float(py) + 4:.1f}" text-anchor="end">{label}</text>'
         )
-    for x in ticks(x_low, x_high):
+    for x, label in number_ticks(x_low, x_high):
         px = place(x, y_low).split(",")[0]
-        parts.append(f'<text x="{px}" y="{height - 6}" text-anchor="middle">{_number(x)}</text>')
+        parts.append(f'<text x="{px}" y="{height - 6}" text-anchor="middle">{label}</text>')
     for x, label in marks:
         if x_low <= x <= x_high:
             px = place(x, y_low).split(",")[0]
@@ -122,6 +129,22 @@ def ticks(low: float, high: float) -> list[float]:
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [number * step for number in range(first, last + 1)]
+
+
+def number_ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """:func:`ticks` with their labels."""
+    return [(value, _number(value)) for value in ticks(low, high)]
+
+
+def log_ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """Positions and labels between two decadic logarithms: 1, 2, 5 of every decade, or decades alone when there are many."""
+    decades = range(math.floor(low), math.ceil(high) + 1)
+    factors = (1, 2, 5) if high - low < 3 else (1,)
+    values = [factor * 10.0**decade for decade in decades for factor in factors]
+    inside = [(math.log10(v), _number(v)) for v in values if low <= math.log10(v) <= high]
+    return (
+        inside if len(inside) > 1 else [(at, _number(float(f"{10**at:.3g}"))) for at in (low, high)]
+    )
 
 
 def _number(value: float) -> str:
@@ -213,9 +236,10 @@ def write_report(run_dir: Path, *, configured_shares: Mapping[str, float] | None
         sections += ["<h2>Summary</h2>", _table(values)]
         sections += ["<h2>Last log line</h2>", _table(last)] if last else []
     events = _events(run_dir, metrics)
-    for title, wanted in CHARTS:
-        chart = svg_lines(_series(metrics, wanted), marks=events)
+    for title, wanted, log_y in CHARTS:
+        chart = svg_lines(_series(metrics, wanted), marks=events, log_y=log_y)
         if chart:
+            title = f"{title}, logarithmic" if log_y else title
             sections.append(f"<section><h2>{html.escape(title)}</h2>{chart}</section>")
     if configured_shares:
         sections += ["<h2>Configured mixture</h2>", _table(dict(configured_shares))]

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from spatialvlm.training.report import svg_lines, ticks, write_report
+from spatialvlm.training.report import log_ticks, svg_lines, ticks, write_report
 from spatialvlm.training.status import status_of
 from spatialvlm.training.trackers import JsonLines, Trackers, read_metrics
 
@@ -99,6 +99,26 @@ def test_report_is_one_escaped_file(tmp_path):
 )
 def test_axes_carry_round_numbers(low, high, expected):
     assert ticks(low, high) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (-1.0, 1.2, ["0.1", "0.2", "0.5", "1", "2", "5", "10"]),
+        (-6.0, 2.0, ["1e-6", "1e-5", "1e-4", "0.001", "0.01", "0.1", "1", "10", "100"]),
+        (0.05, 0.15, ["1.12", "1.41"]),  # no round number inside: the ends
+    ],
+)
+def test_logarithmic_axes_carry_round_numbers(low, high, labels):
+    assert [label for _, label in log_ticks(low, high)] == labels
+
+
+def test_equal_factors_are_equal_distances():
+    page = svg_lines({"a": [(0.0, 100.0), (1.0, 10.0), (2.0, 1.0), (3.0, 0.0)]}, log_y=True)
+    points = page.partition('points="')[2].partition('"')[0].split()
+    heights = [float(point.split(",")[1]) for point in points]
+    assert len(heights) == 3  # zero is left out
+    assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.2)
 
 
 def test_chart_survives_constant_single_and_infinite_values():
