@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -202,6 +203,44 @@ def test_adapters_and_frozen_parts(variant, tiny_checkpoint, toy_config):
     assert difference(grads, reference) < 1e-5
     if variant == "lora":
         assert all("lora" in name for name in grads)
+
+
+def random_tree(rng):
+    """Roots and groups of random lengths, as packs hold them."""
+    lengths, parents = [], []
+    for _ in range(int(rng.integers(1, 5))):
+        root = len(lengths)
+        lengths.append(int(rng.integers(1, 13)))
+        parents.append(-1)
+        for _ in range(int(rng.choice([0, 0, 2, 3, 8]))):
+            lengths.append(int(rng.integers(1, 9)))
+            parents.append(root)
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    return attention.Tree(starts, lengths, parents)
+
+
+def test_random_packs_follow_the_rule_and_poison_changes_no_bit():
+    """200 packs: equal to the rule as a dense mask; garbage in one segment reaches its branches only."""
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    layer = torch.nn.Module()
+    layer.num_key_value_groups, layer.layer_idx = 1, 0
+    for _ in range(200):
+        tree = random_tree(rng)
+        owner = torch.repeat_interleave(torch.arange(len(tree.length)), torch.tensor(tree.length))
+        parent = torch.tensor(tree.parent)[owner]
+        seen = (owner[:, None] == owner[None]) | (parent[:, None] == owner[None])
+        q, k, v = (torch.randn(1, 2, tree.total, 4) for _ in range(3))
+        found, _ = attention.tree_sdpa(layer, q, k, v, None, tree=tree)
+        scores = (q @ k.transpose(2, 3) / 2).masked_fill(~seen.tril(), -torch.inf)
+        wanted = (scores.softmax(-1) @ v).transpose(1, 2)
+        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+        bad = int(rng.integers(len(tree.length)))
+        for x in (q, k, v):
+            x[:, :, owner == bad] = 1e4
+        after, _ = attention.tree_sdpa(layer, q, k, v, None, tree=tree)
+        safe = (owner != bad) & (parent != bad)
+        assert torch.equal(after[:, safe], found[:, safe])
 
 
 class TestMutants:
