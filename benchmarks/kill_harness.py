@@ -103,6 +103,19 @@ def write_inputs(folder: Path, *, num: int = 16) -> Path:
     return path
 
 
+def tensors_in(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> type and shape of every tensor of a model directory."""
+    from safetensors import safe_open
+
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                piece = file.get_slice(name)
+                found[name] = (piece.get_dtype(), tuple(piece.get_shape()))
+    return found
+
+
 def recipe(argv: list[str]) -> int:
     """Stage 1 in this process."""
     from spatialvlm.training.entry import run_recipe
@@ -291,6 +304,7 @@ def main() -> int:
             shutil.rmtree(bench.straight, ignore_errors=True)
             codes, seconds = bench.run(bench.straight)
             assert codes == [0] * size, (bench.folder / "straight.log").read_text()[-2000:]
+            assert tensors_in(bench.straight / "final") == tensors_in(out / "model")
             benches[key] = (bench, bench.start_s, seconds - bench.start_s)
         bench, start_s, train_s = benches[key]
         name, kill = kill_of(number, rng, size, start_s, train_s)

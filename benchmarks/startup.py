@@ -115,6 +115,7 @@ def move_to_step(run_dir: Path, step: int) -> None:
     path.write_text(json.dumps(state))
     manifest = json.loads((new / "manifest.json").read_text())
     data = path.read_bytes()
+    manifest["step"] = step
     manifest["files"][path.name] = [len(data), hashlib.sha256(data).hexdigest()]
     text = json.dumps(manifest)
     (new / "manifest.json").write_text(text)

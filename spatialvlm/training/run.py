@@ -251,6 +251,7 @@ def _choose_checkpoint(run: OpenRun) -> None:
         run.processes.on_main(lambda: _compare(run.config, run.checkpoint))
     if run.checkpoint is not None:
         same_base(run.config, run.lineage, run.checkpoint)
+    if run.checkpoint is not None and wanted != "auto":
         for line in store.set_aside_newer(manifest_of(run.checkpoint)["step"]):
             run.say(f"the run goes back to an earlier checkpoint: {line}")
 

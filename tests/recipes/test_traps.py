@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks.startup import move_to_step
@@ -58,7 +59,6 @@ ELSEWHERE = {
     "mismatch_continues": "tests/unit/models/test_spatial_vlm.py::test_wrong_number_of_tokens_names_the_sample",
     "silent_eager": "tests/unit/models/test_isolation.py::test_stock_attention_is_caught",
     "export_names": "tests/recipes/test_recipes.py::test_adapters_are_merged_into_the_names_of_the_base",
-    "tied_head_twice": "tests/unit/models/test_cost.py::test_tied_table_counts_once",
     "mfu_ignores_vision": "tests/unit/models/test_cost.py::test_flops_of_a_real_step",
     "launcher_eats_flags": "tests/recipes/test_bad_input.py::test_command_line_and_exit_codes",
 }
@@ -185,6 +185,21 @@ def test_nan_only(value):
     engine.backward(engine(make_batch(0)).loss_sum * value)
     assert engine.step(engine.grad_norms(due=True)) is False
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_tied_head_twice(run, recipe, tiny_checkpoint, tmp_path):
+    """A table that is input and output has one entry in groups, checkpoints and the exported file."""
+    out = tmp_path / "run"
+    short = ("data.length.steps=2", "schedule.warmup_ratio=0.0", "checkpoint.every=2")
+    assert run(1, recipe(1, "qwen3vl"), f"run.dir={out}", *short) == 0
+    base = load_file(tiny_checkpoint("qwen3vl") / "model.safetensors")
+    final = load_file(out / "final" / "model.safetensors")
+    assert final.keys() == base.keys()
+    (table,) = (name for name in final if "embed_tokens" in name or "lm_head" in name)
+    assert not torch.equal(final[table], base[table])
+    slices = load_file(out / "checkpoints" / "step-00000002" / "state-00000-of-00001.safetensors")
+    (trained,) = (n for n in slices if n.startswith("param/") and ("embed_tokens" in n or "lm_head" in n))  # fmt: skip
+    assert torch.equal(slices[trained], final[table].flatten())
 
 
 def test_lora_dtype(recipe):
