@@ -67,6 +67,8 @@ def run_steps(engine, processes, start, stop, poison=(), kinds=None):
         found = engine.grad_norms(due=True)
         norms.append({k: float(v) for k, v in found.items()})
         applied.append(engine.step(found))
+        if applied[-1] and engine.strategy.startswith("zero"):  # what DeepSpeed clipped by
+            norms[-1]["deepspeed"] = float(engine.engine.get_global_grad_norm())
         losses.append((processes.sum(loss) / total).item())
     return losses, norms, applied
 

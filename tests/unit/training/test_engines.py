@@ -52,7 +52,9 @@ def _close(found, expected):
     losses, norms, applied = found
     assert losses == pytest.approx(expected[0], rel=1e-5)
     assert applied == expected[2]
-    for a, b in zip(norms, expected[1], strict=True):
+    for found_norms, b in zip(norms, expected[1], strict=True):
+        a = dict(found_norms)
+        assert a.pop("deepspeed", a["total"]) == pytest.approx(a["total"], rel=1e-5)
         assert a == pytest.approx(b, rel=1e-5)
         squares = sum(v**2 for k, v in a.items() if k != "total")
         assert squares**0.5 == pytest.approx(a["total"], rel=1e-5)
@@ -64,6 +66,8 @@ def test_two_processes_equal_one(results, strategy):
     """Unequal label counts per rank and step; losses, norms of every part, clipping."""
     for phase in ("first", "second"):
         _close(results[strategy][phase], results["one"][phase])
+        reported = ["deepspeed" in norms for norms in results[strategy][phase][1]]
+        assert reported == [strategy.startswith("zero")] * 3
 
 
 @pytest.mark.smoke
