@@ -149,7 +149,7 @@ def test_a_full_disk_is_named_and_the_record_of_the_run_stays_whole(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("spatialvlm.data.build.write_record", full)
-    writes = iter([state.write_json] * 2)  # the lock, and run.json once
+    writes = iter([state.write_json])  # run.json once
     monkeypatch.setattr(state, "write_json", lambda *args: next(writes, full)(*args))
     assert run(1, recipe(1, "qwen3vl"), f"run.dir={tmp_path / 'run'}") == 1
     message = capsys.readouterr().err.splitlines()[-1]
