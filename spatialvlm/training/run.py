@@ -215,17 +215,25 @@ def open_run(config: TrainConfig, arguments: Arguments, processes: Processes) ->
             overrides=arguments.overrides,
         )
         write_json(path / "environment.json", known)
+        step = 0 if run.checkpoint is None else manifest_of(run.checkpoint)["step"]
         folder.record(
             state="running",
             owner=owner(),
             stage=config.stage,
             attempts=attempt,
-            step=0 if run.checkpoint is None else manifest_of(run.checkpoint)["step"],
+            fruitless=_fruitless(previous, step),
+            step=step,
             reason=None,
             started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
     processes.barrier()
     return run
+
+
+def _fruitless(previous: Mapping[str, Any], step: int) -> int:
+    """Launches in a row that died before their first checkpoint: whoever requeues them must end some day."""
+    died = previous.get("state") == "running" and previous.get("step") == step
+    return int(previous.get("fruitless", 0)) + 1 if died else 0
 
 
 def _finished(path: Path, record: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """What state is a run in? ``python -m spatialvlm.training.status RUN_DIR`` answers with its exit code.
 
-0 finished, 75 resumable (preempted, or running without a live process), 1 failed, 2 unknown. Needs no torch,
-so a batch script can call it cheaply before it decides to requeue.
+0 finished, 75 resumable (preempted, or running without a live process), 1 failed, 2 unknown. A run that died three
+times in a row before its next checkpoint has failed: the fourth launch would die like them. Needs no torch, so a batch
+script can call it cheaply before it decides to requeue.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import sys
 from pathlib import Path
 
 FINISHED, FAILED, UNKNOWN, RESUMABLE = 0, 1, 2, 75
+MAX_FRUITLESS = 3
+"""Launches that may die without a checkpoint, one after the other."""
 
 
 def status_of(run_dir: Path) -> tuple[int, str]:
@@ -26,6 +29,11 @@ def status_of(run_dir: Path) -> tuple[int, str]:
     line = f"{state} at step {step}: {record.get('reason') or 'no reason recorded'}"
     if state == "finished":
         return FINISHED, line
+    if state == "running" and record.get("fruitless", 0) + 1 >= MAX_FRUITLESS:
+        return FAILED, (
+            f"{MAX_FRUITLESS} launches in a row died at step {step} before the next checkpoint; see logs/rank-*.log in "
+            f"{run_dir}, then start it by hand"
+        )
     if state in ("preempted", "running"):
         return RESUMABLE, line
     return (FAILED, line) if state == "failed" else (UNKNOWN, line)

@@ -75,6 +75,24 @@ def test_a_checkpoint_becomes_the_model_that_final_would_hold(run, recipe, tmp_p
         export_checkpoint(out / "checkpoints" / "step-00000002", model)
 
 
+def test_a_run_that_always_dies_is_not_requeued_for_ever(run, recipe, tmp_path, monkeypatch):
+    config, folder = recipe(1, "qwen3vl"), f"run.dir={tmp_path / 'run'}"
+    assert run(1, config, folder, "run.stop_after_steps=2") == 0
+
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("spatialvlm.training.loop.to_device", broken)
+        for code in (75, 75, 1):
+            with pytest.raises(RuntimeError, match="a bug"):
+                run(1, config, folder)
+            assert status_of(tmp_path / "run")[0] == code
+    assert "launches in a row died at step 2" in status_of(tmp_path / "run")[1]
+    assert run(1, config, folder) == 0  # by hand it goes on
+    assert status_of(tmp_path / "run")[0] == 0
+
+
 def test_resume_equals_straight_bit_for_bit(run, recipe, tmp_path):
     config = recipe(1, "qwen3vl")
     straight, broken = tmp_path / "straight", tmp_path / "broken"
