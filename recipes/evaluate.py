@@ -20,6 +20,7 @@ Exit codes: 0 everything scored, 2 configuration, 3 data, 130 interrupted, 1 any
 import argparse
 import json
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -164,7 +165,26 @@ def write_state(folder: Path, state: str, reason: str = "") -> None:
     (folder / "run.json").write_text(text + "\n", encoding="utf-8")
 
 
-def main(config: EvalConfig, overrides: Sequence[str]) -> int:
+def write_environment(
+    folder: Path, config: EvalConfig, asker: Asker, recipe: str, overrides: Sequence[str]
+) -> None:
+    """``environment.json``: versions and machines; called by all processes."""
+    from spatialvlm.training.state import environment
+
+    hosts = set(asker.processes.gather(socket.gethostname()))
+    if asker.processes.is_main:
+        facts = environment(
+            world_size=asker.processes.size,
+            hosts=len(hosts),
+            seed=config.evaluation.seed,
+            recipe=recipe,
+            overrides=overrides,
+        )
+        text = json.dumps(facts, indent=1) + "\n"
+        (folder / "environment.json").write_text(text, encoding="utf-8")
+
+
+def main(config: EvalConfig, recipe: str, overrides: Sequence[str]) -> int:
     """Generate (unless ``score_only``), score, report; returns the exit code."""
     section = config.evaluation
     benchmarks = {found.spec.name: found for found in open_benchmarks(section)}
@@ -175,13 +195,8 @@ def main(config: EvalConfig, overrides: Sequence[str]) -> int:
     if main_process:
         write_state(folder, "running")
         (folder / "config.resolved.yaml").write_text(dump_yaml(config), encoding="utf-8")
-        if asker is not None:
-            from spatialvlm.training.state import environment
-
-            facts = environment(
-                world_size=asker.processes.size, seed=section.seed, overrides=overrides
-            )
-            (folder / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
+    if asker is not None:
+        write_environment(folder, config, asker, recipe, overrides)
     failed: list[str] = []
     for name, benchmark in benchmarks.items():
         try:
@@ -220,7 +235,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(arguments.config, arguments.overrides, EvalConfig)
         folder = Path(config.run.dir)
-        return main(config, arguments.overrides)
+        return main(config, str(arguments.config), arguments.overrides)
     except USER_ERRORS as error:
         unnamed = isinstance(error, OSError) and error.filename is None  # a write to an open file
         where = f" in run.dir={folder}" if unnamed else ""
