@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from spatialvlm.training.checkpoint import CheckpointStore, Snapshot, load_slices, verify
+from spatialvlm.training.checkpoint import CheckpointStore, Snapshot, load_slices
+from spatialvlm.training.checkpoint_files import verify
 from spatialvlm.training.distributed import Processes
 from spatialvlm.training.engines import make_engine
 from spatialvlm.training.optim import build_adamw, plan_groups

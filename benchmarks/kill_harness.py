@@ -212,7 +212,7 @@ class Bench:
     def case(self, name: str, **kill) -> dict:
         """Kill, look, resume, compare."""
         from spatialvlm.errors import CheckpointError
-        from spatialvlm.training.checkpoint import checkpoints_in, verify
+        from spatialvlm.training.checkpoint_files import checkpoints_in, verify
 
         run_dir = self.folder / name
         shutil.rmtree(run_dir, ignore_errors=True)

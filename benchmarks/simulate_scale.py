@@ -37,7 +37,8 @@ from spatialvlm.data.plan import PackingArgs, imbalance, plan_step
 from spatialvlm.data.sample import LENGTH_DTYPE
 from spatialvlm.data.sources import Source
 from spatialvlm.data.units import SourceRows
-from spatialvlm.training.checkpoint import CheckpointStore, Snapshot, verify, write_safetensors
+from spatialvlm.training.checkpoint import CheckpointStore, Snapshot
+from spatialvlm.training.checkpoint_files import verify, write_safetensors
 from spatialvlm.training.distributed import Processes, StepHeader
 from spatialvlm.training.optim import Group
 from spatialvlm.training.report import svg_lines

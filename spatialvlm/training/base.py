@@ -12,7 +12,7 @@ from typing import Any
 from spatialvlm.config import TrainConfig, read_yaml
 from spatialvlm.config.geometry import PositionsConfig
 from spatialvlm.errors import CheckpointError, ConfigError
-from spatialvlm.training.checkpoint import manifest_of
+from spatialvlm.training.checkpoint_files import manifest_of
 
 
 def check_base(

@@ -26,7 +26,7 @@ from spatialvlm.models.param_groups import freeze_modules, split_parts
 from spatialvlm.models.spatial_vlm import SpatialVLM
 from spatialvlm.scenes.blacklist import Blacklist, find_ids, load_list, shipped_lists
 from spatialvlm.sequence.layout import TokenLayout
-from spatialvlm.training.checkpoint import step_of
+from spatialvlm.training.checkpoint_files import step_of
 from spatialvlm.training.distributed import Processes
 from spatialvlm.training.engines import Engine, make_engine
 from spatialvlm.training.evaluate_loss import Forgiving, HeldOutLoss

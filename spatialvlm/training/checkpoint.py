@@ -1,31 +1,18 @@
 """Checkpoints that survive kill -9, bit flips, full disks, and a change of strategy or world size.
 
-```
-checkpoints/step-00001200/
-  state-00003-of-00008.safetensors   param/<fqn>, exp_avg/<fqn>, exp_avg_sq/<fqn>: 1-D fp32 slices
-  rng-00003-of-00008.safetensors     random generators of that rank
-  index.safetensors                  rows (parameter, file, offset, numel), names, logical shapes
-  train_state.json                   counters, loader position, guard
-  config.resolved.yaml
-  manifest.json                      {file: [bytes, sha256]}, versions, world size, strategy
-  COMPLETE                           sha256 of manifest.json
-```
-
 A save goes: free space -> ``step-N.tmp`` -> every rank streams its files, hashing while writing, fsync ->
 sizes and hashes gathered -> rank 0 writes index, state, manifest, marker, fsync, rename, fsync of the parent
 -> prune. The streaming may run in a thread on a copy while training goes on; what needs all ranks never does.
-Only rank 0 renames and deletes, and only inside ``checkpoints/``. Nothing is pickled.
+Only rank 0 renames and deletes, and only inside ``checkpoints/``. :mod:`.checkpoint_files` describes the files.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import itertools
 import json
 import os
 import shutil
-import struct
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,95 +20,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import psutil
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spatialvlm.errors import CheckpointError
+from spatialvlm.training.checkpoint_files import (
+    FORMAT,
+    SliceReader,
+    checkpoints_in,
+    file_digest,
+    manifest_of,
+    step_of,
+    sync_file,
+    sync_folder,
+    verify,
+    write_index,
+    write_safetensors,
+)
 from spatialvlm.training.distributed import Processes
 from spatialvlm.training.engines import Engine
 from spatialvlm.training.faults import fault_point
 from spatialvlm.training.optim import Group
 from spatialvlm.training.slices import KINDS, Slice
 from spatialvlm.training.state import pack_rng, unpack_rng, versions, write_json
-
-FORMAT = 1
-_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.uint8: "U8"}
-
-
-def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> tuple[int, str]:
-    """Stream tensors into one safetensors file; a second thread hashes meanwhile. Returns (bytes, sha256).
-
-    Unlike the library's writer it never holds more than one tensor on the host.
-    """
-    items = list(tensors)
-    header: dict[str, Any] = {}
-    at = 0
-    for name, tensor in items:
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [at, at + size],
-        }
-        at += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb") as file, ThreadPoolExecutor(1) as hasher:
-        for chunk in (struct.pack("<Q", len(text)), text):
-            digest.update(chunk)
-            file.write(chunk)
-        for _, tensor in items:
-            if not tensor.numel():
-                continue
-            data = tensor.detach().cpu().contiguous().numpy().data.cast("B")
-            hashed = hasher.submit(digest.update, data)
-            file.write(data)
-            hashed.result()
-        file.flush()
-        os.fsync(file.fileno())
-    return 8 + len(text) + at, digest.hexdigest()
-
-
-def file_digest(path: Path) -> tuple[int, str]:
-    """Size and sha256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    return path.stat().st_size, digest.hexdigest()
-
-
-def _fsync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _fsync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def step_of(path: Path) -> int:
-    """Step number in a checkpoint's name."""
-    return int(path.name.removeprefix("step-"))
-
-
-def manifest_of(path: Path) -> dict[str, Any]:
-    """What a verified checkpoint says about itself."""
-    manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    return manifest
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first (finished by name; :func:`verify` decides)."""
-    return sorted(
-        p for p in folder.glob("step-" + "[0-9]" * 8) if p.is_dir() and not p.is_symlink()
-    )
 
 
 def to_prune(
@@ -327,7 +249,7 @@ class CheckpointStore:
     ) -> None:
         rank = self.processes.rank
         files = {name: entry for _, own, _ in answers for name, entry in own.items()}
-        files["index.safetensors"] = _write_index(
+        files["index.safetensors"] = write_index(
             work / "index.safetensors", engine.groups, [rows for _, _, rows in answers]
         )
         fault_point("save.index", step=step, rank=rank)
@@ -337,7 +259,7 @@ class CheckpointStore:
         )
         (work / "config.resolved.yaml").write_text(snapshot.config_yaml, encoding="utf-8")
         for name in ("train_state.json", "config.resolved.yaml"):
-            _fsync_file(work / name)
+            sync_file(work / name)
             files[name] = file_digest(work / name)
         write_json(
             work / "manifest.json",
@@ -351,18 +273,18 @@ class CheckpointStore:
                 "files": {name: list(files[name]) for name in sorted(files)},
             },
         )
-        _fsync_file(work / "manifest.json")
+        sync_file(work / "manifest.json")
         fault_point("save.manifest", step=step, rank=rank)
         marker = work / "COMPLETE"
         marker.write_text(file_digest(work / "manifest.json")[1])
-        _fsync_file(marker)
-        _fsync_folder(work)
+        sync_file(marker)
+        sync_folder(work)
         fault_point("save.marker", step=step, rank=rank)
         if final.exists():
             shutil.rmtree(final)
         work.rename(final)
         fault_point("save.renamed", step=step, rank=rank)
-        _fsync_folder(self.folder)
+        sync_folder(self.folder)
 
     def prune(self) -> None:
         """Delete what is no longer kept; a failed delete is a warning."""
@@ -484,139 +406,6 @@ def _room_for_copy(tensors: Iterable[tuple[str, Tensor]]) -> bool:
             stacklevel=3,
         )
     return needed <= free
-
-
-def verify(
-    path: Path, *, mode: Literal["full", "sizes"] = "full", part: tuple[int, int] = (0, 1)
-) -> dict[str, Any]:
-    """Check a checkpoint before anything is read from it; returns the manifest.
-
-    Args:
-        path: ``step-*`` folder.
-        mode: ``full`` = every hash; ``sizes`` = names and sizes only.
-        part: (i, n): hash only every n-th file from the i-th, because other processes hash the others.
-
-    Raises:
-        CheckpointError: Naming the checkpoint and the first file that is missing or differs.
-    """
-    if not path.is_dir() or path.is_symlink() or any(p.is_symlink() for p in path.iterdir()):
-        raise CheckpointError(f"{path} is not a checkpoint directory without symbolic links.")
-    try:
-        marker = (path / "COMPLETE").read_text().strip()
-        manifest_bytes = (path / "manifest.json").read_bytes()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: incomplete, {error}") from error
-    if hashlib.sha256(manifest_bytes).hexdigest() != marker:
-        raise CheckpointError(f"{path}: manifest.json does not match COMPLETE.")
-    manifest: dict[str, Any] = json.loads(manifest_bytes)
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path}: format {manifest['format']}, this version reads {FORMAT}.")
-    for number, (name, (size, digest)) in enumerate(manifest["files"].items()):
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{path}: {name} is missing.")
-        if file.stat().st_size != size:
-            raise CheckpointError(
-                f"{path}: {name} has {file.stat().st_size} bytes, expected {size}."
-            )
-        mine = mode == "full" and number % part[1] == part[0]
-        if mine and file_digest(file)[1] != digest:
-            raise CheckpointError(f"{path}: {name} has another sha256 than when it was written.")
-    Index.read(path)
-    return manifest
-
-
-def _write_index(
-    path: Path, groups: Sequence[Group], rows_of_rank: Sequence[Sequence[tuple[str, int, int]]]
-) -> tuple[int, str]:
-    names = [fqn for group in groups for fqn in group.fqns]
-    shapes = [list(shape) for group in groups for shape in group.shapes]
-    number = {fqn: i for i, fqn in enumerate(names)}
-    rows = [
-        (number[fqn], rank, offset, numel)
-        for rank, own in enumerate(rows_of_rank)
-        for fqn, offset, numel in own
-    ]
-    table = json.dumps({"names": names, "shapes": shapes, "files": len(rows_of_rank)}).encode()
-    tensors = {
-        "rows": torch.tensor(sorted(rows), dtype=torch.int64).view(-1, 4),
-        "table": torch.frombuffer(bytearray(table), dtype=torch.uint8),
-    }
-    return write_safetensors(path, tensors.items())
-
-
-@dataclass(frozen=True, slots=True)
-class Index:
-    """Which file holds which piece of which parameter."""
-
-    path: Path
-    shapes: dict[str, tuple[int, ...]]
-    pieces: dict[str, list[tuple[int, int, int]]]
-    """fqn -> (offset, numel, file), ascending; they tile the parameter exactly once."""
-    num_files: int
-
-    @classmethod
-    def read(cls, path: Path) -> Index:
-        """Read and check ``index.safetensors`` of a checkpoint.
-
-        Raises:
-            CheckpointError: Unreadable, or the pieces of a parameter overlap or leave a gap.
-        """
-        try:
-            with safe_open(path / "index.safetensors", framework="pt") as file:
-                rows = file.get_tensor("rows").tolist()
-                table = json.loads(bytes(file.get_tensor("table").numpy()).decode())
-        except (OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path}: index.safetensors cannot be read: {error}") from error
-        names = table["names"]
-        shapes = {n: tuple(s) for n, s in zip(names, table["shapes"], strict=True)}
-        pieces: dict[str, list[tuple[int, int, int]]] = {n: [] for n in names}
-        for number, file_number, offset, numel in rows:
-            pieces[names[number]].append((offset, numel, file_number))
-        for name, own in pieces.items():
-            own.sort()
-            at = 0
-            for offset, numel, _ in own:
-                if offset != at:
-                    raise CheckpointError(
-                        f"{path}: slices of {name} overlap or leave a gap at element {at}."
-                    )
-                at += numel
-            if at != int(np.prod(shapes[name], dtype=np.int64)):
-                raise CheckpointError(
-                    f"{path}: slices of {name} hold {at} elements, shape {shapes[name]}."
-                )
-        return cls(path, shapes, pieces, table["files"])
-
-    def file(self, number: int) -> Path:
-        """State file of the rank that wrote it."""
-        return self.path / f"state-{number:05d}-of-{self.num_files:05d}.safetensors"
-
-
-class SliceReader:
-    """Reads ranges of flattened parameters from a checkpoint through memory maps."""
-
-    def __init__(self, path: Path) -> None:
-        self.index = Index.read(path)
-        self._open: dict[int, Any] = {}
-
-    def read(self, kind: str, fqn: str, start: int, stop: int) -> Tensor:
-        """Elements ``[start, stop)`` of one kind of one parameter, fp32 1-D."""
-        out = torch.empty(stop - start, dtype=torch.float32)
-        for offset, numel, number in self.index.pieces[fqn]:
-            left, right = max(start, offset), min(stop, offset + numel)
-            if left >= right:
-                continue
-            if number not in self._open:
-                self._open[number] = safe_open(self.index.file(number), framework="pt")
-            piece = self._open[number].get_slice(f"{kind}/{fqn}")[left - offset : right - offset]
-            out[left - start : right - start] = piece
-        return out
-
-    def tensor(self, fqn: str) -> Tensor:
-        """A whole parameter in its logical shape, fp32."""
-        shape = self.index.shapes[fqn]
-        return self.read("param", fqn, 0, int(np.prod(shape, dtype=np.int64))).view(shape)
 
 
 def load_slices(path: Path, slices: Sequence[Slice], groups: Sequence[Group]) -> None:

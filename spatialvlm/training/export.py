@@ -17,7 +17,7 @@ from spatialvlm.errors import CheckpointError
 from spatialvlm.models.lora import save_adapters
 from spatialvlm.models.spatial_vlm import SpatialVLM
 from spatialvlm.training.base import folder_manifest
-from spatialvlm.training.checkpoint import SliceReader
+from spatialvlm.training.checkpoint_files import SliceReader
 from spatialvlm.training.engines import Engine
 from spatialvlm.training.run import OpenRun
 from spatialvlm.training.state import write_json

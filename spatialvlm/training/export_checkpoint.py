@@ -11,7 +11,7 @@ from spatialvlm.errors import CheckpointError
 from spatialvlm.models.build import build_model
 from spatialvlm.training.base import check_base, same_base
 from spatialvlm.training.build import build_groups, load_dtype
-from spatialvlm.training.checkpoint import SliceReader, verify
+from spatialvlm.training.checkpoint_files import SliceReader, verify
 from spatialvlm.training.export import full_state, write_model
 
 

@@ -15,14 +15,8 @@ from typing import Any
 from spatialvlm.config import TrainConfig, dump_yaml, read_yaml
 from spatialvlm.errors import USER_ERRORS, CheckpointError, ConfigError, LaunchError
 from spatialvlm.training.base import check_base, other_size, same_base
-from spatialvlm.training.checkpoint import (
-    CheckpointStore,
-    Snapshot,
-    checkpoints_in,
-    load_checkpoint,
-    manifest_of,
-    restore_rng,
-)
+from spatialvlm.training.checkpoint import CheckpointStore, Snapshot, load_checkpoint, restore_rng
+from spatialvlm.training.checkpoint_files import checkpoints_in, manifest_of
 from spatialvlm.training.distributed import Processes, same_everywhere
 from spatialvlm.training.engines import Engine
 from spatialvlm.training.entry import Arguments, owner

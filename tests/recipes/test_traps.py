@@ -29,7 +29,8 @@ from spatialvlm.errors import LaunchError
 from spatialvlm.models.spatial_vlm import SpatialVLM
 from spatialvlm.training import checkpoint as checkpoint_module
 from spatialvlm.training.build import build_groups
-from spatialvlm.training.checkpoint import CheckpointStore, Snapshot, checkpoints_in
+from spatialvlm.training.checkpoint import CheckpointStore, Snapshot
+from spatialvlm.training.checkpoint_files import checkpoints_in
 from spatialvlm.training.distributed import Processes, group_timeout, start_processes
 from spatialvlm.training.engines import make_engine
 from spatialvlm.training.optim import plan_groups

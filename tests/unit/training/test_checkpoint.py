@@ -17,15 +17,17 @@ from spatialvlm.errors import CheckpointError
 from spatialvlm.training import checkpoint as module
 from spatialvlm.training.checkpoint import (
     CheckpointStore,
-    Index,
-    SliceReader,
     Snapshot,
-    _write_index,
-    checkpoints_in,
     load_checkpoint,
     restore_rng,
     to_prune,
+)
+from spatialvlm.training.checkpoint_files import (
+    Index,
+    SliceReader,
+    checkpoints_in,
     verify,
+    write_index,
     write_safetensors,
 )
 from spatialvlm.training.distributed import Processes
@@ -347,7 +349,7 @@ def test_slices_of_any_world_size_tile_every_parameter(tmp_path_factory, sizes, 
             ((f"param/{s.fqn}", s.views["param"]) for s in slices),
         )
         rows.append([(s.fqn, s.offset, s.numel) for s in slices])
-    _write_index(folder / "index.safetensors", [group], rows)
+    write_index(folder / "index.safetensors", [group], rows)
     reader = SliceReader(folder)
     for name, parameter in model.named_parameters():
         assert torch.equal(reader.tensor(name), parameter)
@@ -356,7 +358,7 @@ def test_slices_of_any_world_size_tile_every_parameter(tmp_path_factory, sizes, 
         holes = (
             [r if i else r[1:] for i, r in enumerate(rows)] if rows[0] else [r[:-1] for r in rows]
         )
-        _write_index(folder / "index.safetensors", [group], holes)
+        write_index(folder / "index.safetensors", [group], holes)
         with pytest.raises(CheckpointError, match="slices of"):
             Index.read(folder)
 

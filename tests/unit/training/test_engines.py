@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from spatialvlm.errors import ConfigError
-from spatialvlm.training.checkpoint import SliceReader
+from spatialvlm.training.checkpoint_files import SliceReader
 from spatialvlm.training.deepspeed_files import read_weights
 from spatialvlm.training.engines import deepspeed_settings
 from spatialvlm.training.slices import KINDS

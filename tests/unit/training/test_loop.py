@@ -11,7 +11,8 @@ import torch
 
 from spatialvlm.errors import CheckpointError, DataError, NonFiniteError, OutOfMemoryError
 from spatialvlm.models.device import HOST_READ, to_device
-from spatialvlm.training.checkpoint import CheckpointStore, Snapshot, checkpoints_in
+from spatialvlm.training.checkpoint import CheckpointStore, Snapshot
+from spatialvlm.training.checkpoint_files import checkpoints_in
 from spatialvlm.training.distributed import Processes, StepHeader, exchange
 from spatialvlm.training.engines import make_engine
 from spatialvlm.training.finish import describe_end
