@@ -156,7 +156,7 @@ class Asker:
             quiet=section.quiet,
         )
         processes.barrier()
-        processes.on_main(lambda: str(merge(folder, asks)))
+        processes.on_main(lambda: str(merge(folder, asks, max_failures=section.max_failures)))
 
 
 def write_state(folder: Path, state: str, reason: str = "") -> None:

@@ -24,6 +24,7 @@ from spatialvlm.evaluation.predictions import (
     write_predictions,
 )
 from spatialvlm.evaluation.prompts import Messages
+from spatialvlm.evaluation.reading import read_jsonl
 from spatialvlm.evaluation.schema import Benchmark
 
 MAX_HALVINGS = 4
@@ -199,11 +200,11 @@ def answer(
         place: This process.
         max_new_tokens: ``None`` = the benchmark's.
         batch_size: Prompts generated together.
-        adapt_batch: Halve the batch when memory runs out, at most four times.
+        adapt_batch: Halve the batch when memory runs out, at most four times, for the rest of the benchmark.
         shared_prefix: Encode the media of a group once.
         num_workers: Decoding threads.
         prefetch: Batches decoded ahead.
-        max_failures: Share of all items whose media may be unreadable.
+        max_failures: Share of all items whose media may be unreadable; :func:`merge` counts all processes.
         quiet: No progress.
 
     Returns:
@@ -227,7 +228,7 @@ def answer(
     failures: list[str] = []
     answered = 0
     progress = Progress(benchmark.spec.name, len(asks), folder, quiet=quiet or place.rank > 0)
-    halvings = MAX_HALVINGS if adapt_batch else 0
+    size, smallest = batch_size, batch_size >> MAX_HALVINGS if adapt_batch else batch_size
     with path.open("a", encoding="utf-8") as file, ThreadPoolExecutor(max(num_workers, 1)) as pool:
         pending = list(batches(groups, batch_size, shared_prefix=shared_prefix))
         for batch in _decoded_ahead(generator, pending, pool, prefetch):
@@ -240,22 +241,11 @@ def answer(
                 else:
                     ready.append((group, prepared))
             _check_budget(failures, len(asks), max_failures, benchmark.spec.name)
-            completions, halvings = _generate(generator, ready, config, halvings)
-            flat = [c for group in completions for c in group]
-            _write(
-                file,
-                [
-                    (ask, completion, "")
-                    for (group, _), answers in zip(ready, completions, strict=True)
-                    for ask, completion in zip(group, answers, strict=True)
-                ],
-            )
-            answered += len(flat)
-            asked = [ask.item for group, _ in ready for ask in group]
-            unreadable = sum(
-                judge(item, c.text).unparsed for item, c in zip(asked, flat, strict=True)
-            )
-            progress.update(flat, unreadable)
+            found, size = _generate(generator, ready, config, size, smallest)
+            _write(file, [(ask, completion, "") for ask, completion in found])
+            answered += len(found)
+            unreadable = sum(judge(ask.item, c.text).unparsed for ask, c in found)
+            progress.update([completion for _, completion in found], unreadable)
     progress.close()
     return answered
 
@@ -299,21 +289,48 @@ def _prepared(generator: Generator, group: list[Ask], future: "Future[Any]") -> 
 
 
 def _generate(
-    generator: Generator, ready: Sequence[tuple[list[Ask], Any]], config: GenConfig, halvings: int
-) -> tuple[list[list[Completion]], int]:
-    """Generate; on lack of memory, halve the list of groups while halvings are left."""
-    if not ready:
-        return [], halvings
-    try:
-        return generator.generate([prepared for _, prepared in ready], config), halvings
-    except OutOfMemoryError:
-        if halvings == 0 or len(ready) == 1:
-            raise
-        print(f"out of memory with {len(ready)} groups; trying halves", file=sys.stderr)  # noqa: T201
-        middle = len(ready) // 2
-        first, halvings = _generate(generator, ready[:middle], config, halvings - 1)
-        second, halvings = _generate(generator, ready[middle:], config, halvings)
-        return first + second, halvings
+    generator: Generator,
+    ready: Sequence[tuple[list[Ask], Any]],
+    config: GenConfig,
+    size: int,
+    smallest: int,
+) -> tuple[list[tuple[Ask, Completion]], int]:
+    """Answer prepared groups, at most ``size`` prompts at a time; where memory runs out, with half as many.
+
+    Returns:
+        The answers, and the number of prompts that fits, for the batches to come.
+    """
+    prepared = {tuple(ask.item.key for ask in group): value for group, value in ready}
+    left: list[list[Ask]] = [group for group, _ in ready]
+    found: list[tuple[Ask, Completion]] = []
+    while left:
+        pieces = next(batches(left, size))
+        asks = [ask for piece in pieces for ask in piece]
+        answers: list[list[Completion]] | None = None
+        try:
+            inputs = [
+                prepared[key]
+                if (key := tuple(ask.item.key for ask in piece)) in prepared
+                else generator.prepare([ask.messages for ask in piece])  # part of a group
+                for piece in pieces
+            ]
+            answers = generator.generate(inputs, config)
+        except OutOfMemoryError:
+            if len(asks) <= max(smallest, 1):
+                raise
+        if answers is None:  # outside of `except`, which keeps the frames and their tensors alive
+            while size >= len(asks):
+                size = max(size // 2, 1)
+            print(  # noqa: T201
+                f"out of memory with {len(asks)} prompts; {size} together from now on",
+                file=sys.stderr,
+            )
+            continue
+        completions = [completion for answer in answers for completion in answer]
+        found += zip(asks, completions, strict=True)
+        done = {ask.item.key for ask in asks}
+        left = [rest for group in left if (rest := [a for a in group if a.item.key not in done])]
+    return found, size
 
 
 def _row(ask: Ask, completion: Completion, error: str) -> dict[str, Any]:
@@ -333,19 +350,23 @@ def _write(file: TextIO, rows: Sequence[tuple[Ask, Completion, str]]) -> None:
     file.flush()
 
 
-def merge(folder: Path, asks: Sequence[Ask]) -> Path:
+def merge(folder: Path, asks: Sequence[Ask], *, max_failures: float = 0.005) -> Path:
     """Merge the files of all processes into ``predictions.jsonl`` in item order and remove them.
+
+    Args:
+        folder: Where the processes wrote.
+        asks: All prompts.
+        max_failures: Share of all items whose media may be unreadable, counted over the processes.
 
     Raises:
         EvaluationError: An item has no answer.
+        BudgetError: Too many unreadable items; the message lists them.
     """
     shards = sorted(folder.glob("predictions*.jsonl"))
     shas = {ask.item.key: ask.sha for ask in asks}
     answers: dict[Key, dict[str, Any]] = {}
     for shard in shards:
-        _repair_tail(shard)
-        for line in shard.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for _, row in read_jsonl(shard, drop_broken_tail=True)[0]:
             key = str(row["id"]), str(row.get("variant") or "")
             current = shas.get(key) == row.get("prompt_sha")
             if current and (key not in answers or answers[key].get("error")):
@@ -355,6 +376,8 @@ def merge(folder: Path, asks: Sequence[Ask]) -> Path:
         raise EvaluationError(
             f"{len(missing)} items were not answered, e.g. {missing[:5]}; start the run again"
         )
+    failures = [f"{row['id']}: {row['error']}" for row in answers.values() if row.get("error")]
+    _check_budget(failures, len(asks), max_failures, folder.name)
     path = folder / "predictions.jsonl"
     write_predictions(path, (answers[ask.item.key] for ask in asks))
     for shard in shards:

@@ -48,11 +48,16 @@ def _from_row(row: Any, place: str) -> Prediction:
             f"{place}: 'prediction' must be a string, found {type(text).__name__}; "
             'write "" for an empty answer'
         )
+    extracted = row.get("extracted")
+    if not isinstance(extracted, str | None):
+        raise DataError(
+            f"{place}: 'extracted' must be a string or null, found {type(extracted).__name__}"
+        )
     return Prediction(
         id=str(row["id"]),
         text=text,
         variant=str(row.get("variant") or ""),
-        extracted=row.get("extracted"),
+        extracted=extracted,
         finish=str(row.get("finish") or ""),
         error=str(row.get("error") or ""),
         extra={key: value for key, value in row.items() if key not in _KNOWN},
@@ -100,7 +105,8 @@ def read_predictions(
     Args:
         paths: Files; their order does not matter.
         style: ``jsonl`` (ours) or ``lmms`` (lmms-eval's sample log).
-        resuming: A truncated last line (a killed writer) only warns.
+        resuming: A truncated last line (a killed writer) only warns; an answer replaces an earlier failure, and the
+            answer to a prompt that has changed.
 
     Returns:
         Predictions by ``(id, variant)`` in file order, and warnings.
@@ -127,14 +133,23 @@ def read_predictions(
             place = f"{path}:{number}"
             prediction = _from_row(_lmms_row(row, place) if style == "lmms" else row, place)
             before = found.get(prediction.key)
-            if before is None:
+            if before is None or (resuming and _outdated(before[0], prediction)):
                 found[prediction.key] = (prediction, place)
+            elif resuming and _outdated(prediction, before[0]):
+                continue
             elif before[0].text != prediction.text or not (resuming or len(paths) > 1):
                 raise DataError(
                     f"id {prediction.id!r} has two predictions: {before[1]} and {place}. "
                     "Remove one of the lines."
                 )
     return {key: value[0] for key, value in found.items()}, warnings
+
+
+def _outdated(old: Prediction, new: Prediction) -> bool:
+    """Whether an item was asked again for a reason: its media failed, or its prompt is another one now."""
+    if old.error or new.error:
+        return bool(old.error)
+    return old.extra.get("prompt_sha") != new.extra.get("prompt_sha")
 
 
 def by_row_number(
@@ -180,7 +195,7 @@ def join(
     if missing and not allow_partial:
         raise DataError(
             f"{len(missing)} of {len(items)} items have no prediction, e.g. {_shown(missing)}; "
-            "finish the run or pass --allow-partial"
+            "finish the run, or score what is there: python -m spatialvlm.evaluation score --allow-partial"
         )
     pairs = [(item, predictions[item.key]) for item in items if item.key in predictions]
     if not pairs:

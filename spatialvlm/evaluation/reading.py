@@ -28,7 +28,7 @@ def read_jsonl(
 
     Args:
         path: UTF-8 file, one JSON object per line; blank lines are skipped.
-        drop_broken_tail: Drop a last line without its newline that is not JSON (a killed writer).
+        drop_broken_tail: Drop a last line without its newline (a killed writer).
 
     Returns:
         ``(line number from 1, object)`` pairs and warnings.
@@ -36,26 +36,28 @@ def read_jsonl(
     Raises:
         DataError: Not UTF-8, or a broken line.
     """
+    data, warnings = path.read_bytes(), []
+    if drop_broken_tail and data and not data.endswith(b"\n"):
+        data = data[: data.rfind(b"\n") + 1]  # before decoding: a kill also cuts characters
+        number = data.count(b"\n") + 1
+        warnings.append(f"{path}:{number}: dropped a truncated last line")
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 (byte {error.start}); re-encode it: iconv -t UTF-8"
         ) from None
     rows: list[tuple[int, Any]] = []
-    lines = text.split("\n")
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             rows.append((number, json.loads(line)))
         except json.JSONDecodeError as error:
-            if drop_broken_tail and number == len(lines):
-                return rows, [f"{path}:{number}: dropped a truncated last line"]
             raise DataError(
                 f"{path}:{number}, column {error.colno}: not JSON ({error.msg}): {line[:80]!r}"
             ) from None
-    return rows, []
+    return rows, warnings
 
 
 def _read_table(path: Path, delimiter: str) -> list[Row]:

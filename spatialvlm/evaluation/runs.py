@@ -10,6 +10,7 @@ from typing import Any
 from spatialvlm.errors import DataError
 from spatialvlm.evaluation.charts import PALETTE
 from spatialvlm.evaluation.metrics import Estimate, estimate, p_value
+from spatialvlm.evaluation.reading import read_jsonl
 from spatialvlm.evaluation.scoring import PairedResult
 
 
@@ -69,8 +70,8 @@ class BenchRun:
         path = self.folder / "predictions.jsonl"
         if not path.is_file():
             return {}
-        rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line)
-        return {(str(r["id"]), str(r.get("variant") or "")): str(r["prediction"]) for r in rows}
+        rows, _ = read_jsonl(path)
+        return {(str(r["id"]), str(r.get("variant") or "")): str(r["prediction"]) for _, r in rows}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

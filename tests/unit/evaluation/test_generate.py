@@ -48,8 +48,9 @@ def write_rows(folder: Path, num: int = 24, per_image: int = 4) -> Path:
 class Fake:
     """Answers yes to odd questions; counts what it is asked."""
 
-    def __init__(self, stop_after=None, broken=(), memory=None):
+    def __init__(self, stop_after=None, broken=(), memory=None, prompts=None, text=""):
         self.batches, self.asked, self.prepared = [], [], 0
+        self.prompts, self.text, self.overflows = prompts, text, 0
         self.stop_after, self.broken, self.memory = stop_after, broken, memory
 
     def prepare(self, group):
@@ -64,13 +65,18 @@ class Fake:
             raise KeyboardInterrupt
         if self.memory is not None and len(prepared) > self.memory:
             raise OutOfMemoryError("too many")
+        if self.prompts is not None and sum(map(len, prepared)) > self.prompts:
+            self.overflows += 1
+            raise OutOfMemoryError("too many")
         self.batches.append([len(group) for group in prepared])
         answers = []
         for group in prepared:
             texts = [messages[-1]["content"][-1]["text"] for messages in group]
             self.asked += texts
             numbers = [int(text.split()[2]) for text in texts]
-            answers.append([gen.Completion("Yes." if n % 2 else "No.", 2) for n in numbers])
+            answers.append(
+                [gen.Completion(self.text or ("Yes." if n % 2 else "No."), 2) for n in numbers]
+            )
         return answers
 
 
@@ -159,7 +165,7 @@ def test_unreadable_media_are_retried_recorded_and_limited(bench, tmp_path):
     fake = Fake(broken=("img2.png",))
     answer(bench, asks, fake, tmp_path / "a", max_failures=0.2)
     assert fake.prepared == 7  # six groups, one of them twice
-    predictions, _ = read_predictions(gen.merge(tmp_path / "a", asks))
+    predictions, _ = read_predictions(gen.merge(tmp_path / "a", asks, max_failures=0.2))
     failed = [p for p in predictions.values() if p.error]
     assert [p.id for p in failed] == ["q08", "q09", "q10", "q11"]
     assert {p.text for p in failed} == {""}
@@ -174,6 +180,59 @@ def test_memory_halves_the_batch_only_on_request(bench, tmp_path):
     assert max(map(len, fake.batches)) == 1
     with pytest.raises(OutOfMemoryError):
         answer(bench, asks, Fake(memory=1), tmp_path / "b", batch_size=16)
+
+
+def test_a_smaller_batch_lasts_and_cuts_groups(bench, tmp_path):
+    """Questions on one video are one group: without cutting it, a batch of one group could not shrink."""
+    asks = asks_of(bench)
+    fake = Fake(prompts=3)
+    answer(bench, asks, fake, tmp_path, batch_size=8, adapt_batch=True)
+    assert fake.overflows == 2  # 8 and 4 prompts, once each; not again for every batch
+    assert max(sum(sizes) for sizes in fake.batches) == 2
+    texts = [p.text for p in read_predictions(gen.merge(tmp_path, asks))[0].values()]
+    assert texts == ["No.", "Yes."] * 12
+    with pytest.raises(OutOfMemoryError):
+        answer(bench, asks, Fake(prompts=1), tmp_path / "b", batch_size=32, adapt_batch=True)
+
+
+def test_failures_are_counted_over_all_processes(bench, tmp_path):
+    """Each process stays within the budget, together they do not."""
+    asks = asks_of(bench)
+    for rank in range(2):
+        fake = Fake(broken=("img2.png", "img3.png"))
+        answer(bench, asks, fake, tmp_path, place=gen.Place(rank, 2), max_failures=0.2)
+    with pytest.raises(BudgetError, match=r"8 of 24 items[\s\S]*max_failures=0.2"):
+        gen.merge(tmp_path, asks, max_failures=0.2)
+
+
+def test_an_answer_after_a_failure_survives_another_kill(bench, tmp_path):
+    asks = asks_of(bench)
+    answer(bench, asks, Fake(broken=("img2.png",)), tmp_path, max_failures=0.2)
+    answer(bench, asks, Fake(), tmp_path)  # the picture is back; killed before the merge
+    assert len(gen.finished(tmp_path)) == 24
+    assert answer(bench, asks, Fake(), tmp_path) == 0
+    assert all(not p.error for p in read_predictions(gen.merge(tmp_path, asks))[0].values())
+
+
+@pytest.mark.parametrize("cut", [1, 4, 5, 30])
+def test_a_line_cut_anywhere_is_asked_again(bench, tmp_path, cut):
+    """Before its newline, inside a character, inside its JSON."""
+    asks = asks_of(bench)
+    answer(bench, asks, Fake(), tmp_path)
+    shard = tmp_path / "predictions.rank0.jsonl"
+    lines = shard.read_text().splitlines(keepends=True)
+    row = {**json.loads(lines[-1]), "zz": "三"}
+    last = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    shard.write_bytes("".join(lines[:-1]).encode() + last[:-cut])
+    assert answer(bench, asks, Fake(), tmp_path, place=gen.Place(0, 1)) == 1
+    assert len(read_predictions(gen.merge(tmp_path, asks))[0]) == 24
+
+
+def test_answers_with_unicode_line_separators_are_one_line(bench, tmp_path):
+    asks = asks_of(bench)
+    answer(bench, asks, Fake(text="a\u2028b\x85c\u2029"), tmp_path)
+    predictions, _ = read_predictions(gen.merge(tmp_path, asks))
+    assert {p.text for p in predictions.values()} == {"a\u2028b\x85c\u2029"}
 
 
 def test_merge_refuses_missing_items(bench, tmp_path):
