@@ -18,12 +18,14 @@ Exit codes: 0 everything scored, 2 configuration, 3 data, 130 interrupted, 1 any
 """
 
 import argparse
+import hashlib
 import json
 import os
 import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +81,21 @@ class Asker:
             max_pixels=config.evaluation.max_pixels,
         )
 
+    @cached_property
+    def weights_sha256(self) -> str:
+        """SHA-256 over all weight files: an index stays the same when a model is trained again in its place."""
+        from spatialvlm.evaluation.reading import sha256_of
+
+        files = sorted(p for p in self.subject.weights.glob("*.safetensors") if p.is_file())
+        listed = "".join(f"{path.name} {sha256_of(path)}\n" for path in files)
+        return hashlib.sha256(listed.encode()).hexdigest()
+
     def manifest(self, benchmark: Benchmark) -> dict[str, Any]:
         """How the answers are made; a resumed run must agree with it."""
         from spatialvlm import __version__
-        from spatialvlm.evaluation.reading import sha256_of
 
-        section = self.config.evaluation
-        weights = sorted(p for p in self.subject.weights.glob("*.safetensors*") if p.is_file())
-        index = next((p for p in weights if p.suffix == ".json"), weights[0] if weights else None)
+        section, model = self.config.evaluation, self.config.model
+        assert model is not None
         return {
             "benchmark": benchmark.spec.name,
             "data_file": str(benchmark.path),
@@ -103,8 +112,10 @@ class Asker:
             },
             "limit": section.limit,
             "limit_seed": section.limit_seed,
-            "checkpoint": str(self.config.model.init_from) if self.config.model else "",
-            "checkpoint_sha256": sha256_of(index) if index else "",
+            "checkpoint": str(model.init_from),
+            "checkpoint_sha256": self.weights_sha256,
+            "revision": model.revision,
+            "geometry_source": model.geometry_source,
             "template": self.subject.template.fingerprint,
             "dtype": section.dtype,
             "batch_size": section.batch_size,
@@ -121,8 +132,9 @@ class Asker:
 
         section, processes = self.config.evaluation, self.processes
         overwrite = self.config.run.overwrite or self.config.run.resume == "none"
-        manifest = self.manifest(benchmark)
-        processes.on_main(lambda: check_manifest(folder, manifest, overwrite=overwrite))
+        processes.on_main(
+            lambda: check_manifest(folder, self.manifest(benchmark), overwrite=overwrite)
+        )
         items = limited(benchmark.items, section.limit, section.limit_seed)
         asks = make_asks(
             benchmark,
@@ -199,6 +211,8 @@ def main(config: EvalConfig, recipe: str, overrides: Sequence[str]) -> int:
         write_environment(folder, config, asker, recipe, overrides)
     failed: list[str] = []
     for name, benchmark in benchmarks.items():
+        if main_process:  # scores of an earlier run are not those of a benchmark that fails now
+            (folder / name / "result.json").unlink(missing_ok=True)
         try:
             if asker is not None:
                 asker.ask(benchmark, folder / name)
@@ -213,6 +227,7 @@ def main(config: EvalConfig, recipe: str, overrides: Sequence[str]) -> int:
         found = write_report([folder], folder / "report.html")
         (folder / "report.csv").replace(folder / "summary.csv")
         print(text_table(found), flush=True)
+    if main_process:
         write_state(folder, "failed" if failed else "done", "; ".join(failed))
     if asker is not None:
         from spatialvlm.training.distributed import leave

@@ -17,24 +17,29 @@ from spatialvlm.evaluation.schema import Benchmark, Item
 
 
 def limited(items: Sequence[Item], limit: int | None, seed: int = 0) -> list[Item]:
-    """At most ``limit`` items, an equal number per question type as far as they last, in file order."""
+    """At most ``limit`` items, an equal number per question type as far as they last, in file order.
+
+    Items of a group (rotations and flips of one question) come all or not at all, because a part of a group is easier;
+    one group comes in any case.
+    """
     if limit is None or limit >= len(items):
         return list(items)
-    by_type: dict[str, list[Item]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[Item]] = defaultdict(list)
     for item in items:
-        by_type[item.question_type].append(item)
+        groups[item.question_type, item.group or item.id].append(item)
 
-    def order(item: Item) -> str:
-        return hashlib.sha256(f"{seed}|{item.question_type}|{item.id}".encode()).hexdigest()
+    def order(key: tuple[str, str]) -> str:
+        return hashlib.sha256(f"{seed}|{'|'.join(key)}".encode()).hexdigest()
 
-    queues = [sorted(part, key=order) for _, part in sorted(by_type.items())]
+    by_type: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for key in sorted(groups, key=order):
+        by_type[key[0]].append(key)
     chosen: set[Key] = set()
-    depth = 0
-    while len(chosen) < limit:
-        for queue in queues:
-            if depth < len(queue) and len(chosen) < limit:
-                chosen.add(queue[depth].key)
-        depth += 1
+    for depth in range(max(map(len, by_type.values()))):
+        for _, queue in sorted(by_type.items()):
+            members = groups[queue[depth]] if depth < len(queue) else []
+            if not chosen or len(chosen) + len(members) <= limit:
+                chosen |= {item.key for item in members}
     return [item for item in items if item.key in chosen]
 
 

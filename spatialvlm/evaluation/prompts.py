@@ -180,7 +180,8 @@ def build_messages(
     text = prompt_text(item, spec, protocol)
     parts: list[dict[str, Any]] = []
     if media == "drop":
-        text = _MARKER.sub("", text).strip()
+        bare = _MARKER.sub("", text)
+        text = bare if bare == text else bare.strip()
     else:
         row = donor.row if media == "shuffle" and donor is not None else item.row
         parts = media_parts(item_media(row, spec), root, allow_absolute=allow_absolute)

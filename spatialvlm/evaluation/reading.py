@@ -119,6 +119,16 @@ def _source_hash(path: Path) -> str:
     return hashlib.sha256(parts.encode()).hexdigest()
 
 
+def _item(spec: BenchmarkSpec, row: Row, number: int, path: Path) -> Item:
+    try:
+        return spec.parse(row, str(row[spec.id_key]) if spec.id_key else str(number))
+    except KeyError as error:
+        raise DataError(
+            f"{path}: row {number} of {spec.name} has no column {error}; found: {', '.join(map(str, row))}"
+            f"{closest(str(error.args[0]), map(str, row))}"
+        ) from None
+
+
 def load_items(
     spec: BenchmarkSpec,
     path: str | Path,
@@ -148,10 +158,7 @@ def load_items(
                 f"{path}: benchmark {spec.name} needs column {column!r}; found: {', '.join(columns)}"
                 f"{closest(column, columns)}"
             )
-    items: Sequence[Item] = [
-        spec.parse(row, str(row[spec.id_key]) if spec.id_key else str(number))
-        for number, row in enumerate(rows)
-    ]
+    items: Sequence[Item] = [_item(spec, row, number, path) for number, row in enumerate(rows)]
     unscored = sum(item.kind == "unscored" for item in items)
     items = [item for item in items if item.kind != "unscored" and (ids is None or item.id in ids)]
     if spec.select:

@@ -93,6 +93,8 @@ class Summary:
     extra: Mapping[str, Any] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     """Types that the headline needs and the file lacks; not empty = partial."""
+    deviations: tuple[str, ...] = ()
+    """Departures that depend on the file, beside those of :attr:`BenchmarkSpec.notes`."""
 
 
 Judge = Callable[[Item, str], Verdict]

@@ -210,6 +210,7 @@ def score(
     )
     summary = benchmark.spec.summarise(scored, protocol)
     head = summary.headline
+    deviations += summary.deviations
     per_type = _per_type(scored)
     expected = benchmark.spec.expected_n or len(benchmark.items)
     if head.se is None:

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,32 @@ def test_resume_and_changed_settings(recipe, rows, tiny_checkpoint, tmp_path, ca
         recipe(arguments(rows, checkpoint, out, "evaluation.media=drop", "run.overwrite=true")) == 0
     )
     assert predictions(out) != before
+
+    # The same path with other weights: answers of the old ones must not be scored as theirs.
+    copy, again = tmp_path / "model", tmp_path / "again"
+    shutil.copytree(checkpoint, copy)
+    assert recipe(arguments(rows, copy, again)) == 0
+    weights = sorted(copy.glob("*.safetensors"))[-1]
+    data = bytearray(weights.read_bytes())
+    data[-2] ^= 1
+    weights.write_bytes(data)
+    assert recipe(arguments(rows, copy, again)) == 2
+    assert "checkpoint_sha256" in capsys.readouterr().err
+
+
+def test_failed_benchmarks_leave_no_scores_and_say_so(recipe, rows, tmp_path, capsys):
+    """Two benchmarks without predictions: the run has failed, and scores of an earlier one are gone."""
+    out = tmp_path / "run"
+    stale = out / "spatialvlm_rows" / "result.json"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("{}")
+    row = {"id": 1, "gt": 3, "question": "How many?"}
+    (tmp_path / "counting.jsonl").write_text(json.dumps(row) + "\n")
+    extra = ["evaluation.benchmarks=[spatialvlm_rows,counting]", "evaluation.score_only=true"]
+    extra.append(f"evaluation.files.counting={tmp_path / 'counting.jsonl'}")
+    assert recipe(arguments(rows, "unused", out, *extra)) == 1
+    assert not stale.exists()
+    assert json.loads((out / "run.json").read_text())["state"] == "failed"
 
 
 def test_score_only_needs_no_torch(rows, tmp_path):

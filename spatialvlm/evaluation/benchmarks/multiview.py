@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
+from typing import Any
 
 from spatialvlm.evaluation.extract import (
     backtick_letter,
@@ -161,19 +162,26 @@ def _summarise_mindcube(scored: Sequence[Scored], protocol: str) -> Summary:
         for name in (*SETTINGS, "other")
         if (hits := [s.verdict.score for s in scored if s.item.question_type == name])
     }
+    short = any("question" in s.item.row and not _given_prompt(s.item) for s in scored)
+    parity = ("prompt_parity: false, the file has no input_prompt",) if short else ()
     if protocol == "official":
         path = lambda item: None if item.question_type == "translation" else ()  # noqa: E731
-        return Summary(
-            "micro without translation", mean_over(scored, path), {"settings": by_setting}
-        )
+        extra: dict[str, Any] = {"settings": by_setting}
+        headline = mean_over(scored, path)
+        return Summary("micro without translation", headline, extra, deviations=parity)
     by_prefix = rates(scored, lambda item: mindcube_type_lmms(item.id))
-    return Summary("micro", mean_over(scored), {"settings": by_setting, "id_prefix": by_prefix})
+    extra = {"settings": by_setting, "id_prefix": by_prefix}
+    return Summary("micro", mean_over(scored), extra, deviations=parity)
+
+
+def _given_prompt(item: Item) -> str:
+    """The whole prompt as the file states it, if it does."""
+    prompt = item.row.get("input_prompt")
+    return str(prompt) if present(prompt) else ""
 
 
 def _prompt_mindcube(item: Item, protocol: str) -> str:  # noqa: ARG001
-    if present(item.row.get("input_prompt")):
-        return str(item.row["input_prompt"])
-    return f"{_MINDCUBE_SHORT}{item.row['question']}"
+    return _given_prompt(item) or f"{_MINDCUBE_SHORT}{item.row['question']}"
 
 
 def _mindcube(name: str, title: str, expected_n: int) -> BenchmarkSpec:

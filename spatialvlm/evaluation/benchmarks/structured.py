@@ -6,6 +6,7 @@ hold the same quantities. Each file row is ``{id, scene, <gold>, ...}``.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from spatialvlm.evaluation.benchmarks.multiview import images
 from spatialvlm.evaluation.extract import easi_match
 from spatialvlm.evaluation.metrics import Estimate, correct_rate, estimate, mra
 from spatialvlm.evaluation.prompts import ANSWER_LETTER, join_options
-from spatialvlm.evaluation.protocols import judge_choice, macro_by_type
+from spatialvlm.evaluation.protocols import judge_choice, macro_by_type, rates
 from spatialvlm.evaluation.schema import (
     BenchmarkSpec,
     Item,
@@ -306,7 +307,10 @@ def _judge_intern(item: Item, text: str) -> Verdict:
 
 
 def _summarise_intern(scored: Sequence[Scored], protocol: str) -> Summary:
-    """Mean of the five categories; both questions of an existence pair must be right."""
+    """Mean of the five categories; both questions of an existence pair must be right.
+
+    The paper does not say whether a count's score is clipped at 0: the headline's is not, the other mean is beside it.
+    """
     pairs: dict[str, list[Scored]] = {}
     units: list[Scored] = []
     for s in scored:
@@ -318,7 +322,15 @@ def _summarise_intern(scored: Sequence[Scored], protocol: str) -> Summary:
     for members in pairs.values():
         worst = min(members, key=lambda s: s.verdict.score)
         units.append(worst)
-    return macro_by_type("mean of 5 categories", INTERN_CATEGORIES)(units, protocol)
+    mean = macro_by_type("mean of 5 categories", INTERN_CATEGORIES)
+    clipped = [
+        replace(s, verdict=replace(s.verdict, score=max(0.0, s.verdict.score))) for s in units
+    ]
+    extra = {
+        "categories": rates(units, lambda item: item.question_type, INTERN_CATEGORIES),
+        "mean_with_clipped_counting": mean(clipped, protocol).headline.value,
+    }
+    return replace(mean(units, protocol), extra=extra)
 
 
 def _prompt_intern(item: Item, protocol: str) -> str:  # noqa: ARG001

@@ -250,6 +250,27 @@ def test_limit_is_stratified_nested_and_in_file_order(bench):
     assert asking.limited(bench.items, None) == list(bench.items)
 
 
+def test_a_limit_keeps_groups_whole(tmp_path):
+    """Half of the rotations of a question would be easier than all of them."""
+    rows = [
+        {
+            "index": q + 1_000_000 * j,
+            "A": f"x{(0 + j) % 2}",
+            "B": f"x{(1 + j) % 2}",
+            "answer": "AB"[j],
+        }
+        for j in range(2)
+        for q in range(10)
+    ]
+    path = tmp_path / "circular.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items = load_benchmark("circular_mcq", path).items
+    chosen = asking.limited(items, 7)
+    assert len(chosen) == 6
+    assert all(sum(i.group == item.group for i in chosen) == 2 for item in chosen)
+    assert len(asking.limited(items, 1)) == 2
+
+
 def test_media_modes(bench):
     real = asks_of(bench)[5].messages[0]["content"]
     dropped = asks_of(bench, media="drop")[5].messages[0]["content"]

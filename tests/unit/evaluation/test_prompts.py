@@ -233,3 +233,15 @@ def test_unknown_media_mode_and_missing_columns():
 def test_one_builder_for_everyone():
     """The engine (recipe, training-time evaluation, audits) calls this very function."""
     assert make_asks.__globals__["build_messages"] is build_messages
+
+
+def test_dropping_media_leaves_the_text_alone():
+    """A blind arm must not differ in its text, not even in white space at the end."""
+    spec = find_spec("all_angles")
+    row = {"index": 1, "question": "Q?", "A": "x", "B": "y", "answer": "A", "category": "c"}
+    item = spec.parse({**row, "image": ["s/a.jpg"]}, "1")
+    real, dropped = (
+        build_messages(item, spec, media=mode)[0]["content"] for mode in ("real", "drop")
+    )
+    assert dropped == [part for part in real if part["type"] == "text"]
+    assert dropped[0]["text"].endswith("above. \n")

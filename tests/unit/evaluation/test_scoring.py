@@ -217,6 +217,42 @@ def test_bad_prediction_files(text, message, tmp_path):
         read_predictions(predictions_file(tmp_path, text))
 
 
+def test_an_external_answer_is_text(tmp_path):
+    path = predictions_file(tmp_path, '{"id": 1, "prediction": "A", "extracted": 2}\n')
+    with pytest.raises(DataError, match=r":1: 'extracted' must be a string or null, found int"):
+        read_predictions(path)
+
+
+def test_a_row_without_a_column_that_others_have(tmp_path):
+    rows = [VSI_ROW, {k: v for k, v in NUMBER_ROW.items() if k != "ground_truth"}]
+    with pytest.raises(
+        DataError, match=r"row 1 of vsi_bench has no column 'ground_truth'; found: id"
+    ):
+        load_benchmark("vsi_bench", write(tmp_path / "rows.jsonl", rows))
+
+
+def test_mindcube_without_its_prompts_says_so(tmp_path):
+    row = {"id": "around_1", "gt_answer": "A", "question": "Q? A. x B. y"}
+    for given, expected in ((row, True), ({**row, "input_prompt": "P"}, False)):
+        bench = load_benchmark("mindcube_tiny", write(tmp_path / "rows.jsonl", [given]))
+        found = score(bench, {("around_1", ""): Prediction("around_1", "A")})
+        assert any("prompt_parity: false" in text for text in found.deviations) is expected
+
+
+def test_internspatial_states_pairs_and_both_counting_means(tmp_path):
+    rows = [
+        {"id": "e1", "category": "existence", "answer": "yes", "pair_id": "p"},
+        {"id": "e2", "category": "existence", "answer": "no", "pair_id": "p"},
+        {"id": "c", "category": "counting", "answer": 2},
+    ]
+    bench = load_benchmark("internspatial", write(tmp_path / "rows.jsonl", rows))
+    said = {"e1": "yes", "e2": "yes", "c": "8"}
+    found = score(bench, {(k, ""): Prediction(k, v) for k, v in said.items()})
+    assert found.extra["categories"] == {"existence": 0.0, "counting": -200.0}
+    assert found.headline["value"] == -100
+    assert found.extra["mean_with_clipped_counting"] == 0
+
+
 def test_shards_merge_identical_duplicates(tmp_path):
     a = write(tmp_path / "a.jsonl", [{"id": 1, "prediction": "A"}])
     b = write(tmp_path / "b.jsonl", [{"id": 1, "prediction": "A"}, {"id": 2, "prediction": "B"}])
