@@ -14,6 +14,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,8 @@ def main(argv: list[str] | None = None) -> int:
             for row in iter_rows(folder):
                 if row["id"] not in removed:
                     writer.add([row])
+        if (folder / "plan.json").is_file():  # so that the rows that remain can be verified
+            shutil.copy(folder / "plan.json", arguments.prune / "plan.json")
         (arguments.prune / "removed.json").write_text(json.dumps(sorted(removed)), encoding="utf-8")
         print(f"pruned: {len(removed):,} rows removed")
         samples.clear()

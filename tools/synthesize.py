@@ -107,7 +107,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--allow-contaminated", action="store_true", help="use evaluation scenes too"
     )
     parser.add_argument(
-        "--merge-manifest", action="store_true", help="only merge the sidecars of --out"
+        "--merge-manifest",
+        action="store_true",
+        help="make no rows: merge the sidecars of --out (after sharded runs), then --balance and --export",
     )
     return parser.parse_args(argv)
 
@@ -172,6 +174,8 @@ def finish(arguments: argparse.Namespace) -> None:
         )
         rows = arguments.balance
     if arguments.export:
+        if arguments.scenes is None:
+            raise ConfigError("--scenes is missing: exports check the images of the scenes.")
         target = arguments.export_to or arguments.out / "export"
         manifest = export_rows(
             rows,
@@ -187,13 +191,26 @@ def finish(arguments: argparse.Namespace) -> None:
         print(f"exported: {manifest['rows']:,} rows to {target}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run; returns the exit code (2: configuration, 1: scenes failed)."""
-    arguments = parse_arguments(argv)
-    if arguments.merge_manifest:
+def merge(arguments: argparse.Namespace) -> int:
+    """Merge the sidecars of sharded runs, then balance and export what they made if nothing is missing."""
+    try:
         manifest = merge_manifest(arguments.out)
         print(f"{manifest['rows']} rows in {manifest['parts']}/{manifest['expected_parts']} parts")
-        return 0 if manifest["complete"] else 1
+        if manifest["complete"]:
+            finish(arguments)
+        elif arguments.balance or arguments.export:
+            print("parts are missing: nothing was balanced or exported", file=sys.stderr)
+    except SpatialVLMError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0 if manifest["complete"] else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; returns the exit code (2: configuration, 1: too many scenes failed)."""
+    arguments = parse_arguments(argv)
+    if arguments.merge_manifest:
+        return merge(arguments)
     try:
         if arguments.scenes is None:
             raise ConfigError("--scenes is missing: name the folder of the scenes.")

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spatialvlm.errors import ConfigError
 from spatialvlm.synthesis.parts import write_text
 from spatialvlm.synthesis.rows import SCHEMA, hashed
 from spatialvlm.synthesis.tasks import TASKS
@@ -30,6 +31,8 @@ LABEL_SHARE = 0.08
 PAIR_SHARE = 0.02
 SMALL_VOCABULARY = 25
 """With fewer labels than this, a label (or pair) may hold twice its uniform share."""
+ROTATION_BIN_DEG = 15
+"""Turns of objects are evened out over bins of this width, both directions alike."""
 BATCH = 4096
 
 Bucket = tuple[str, str, str]
@@ -61,11 +64,17 @@ class BalanceReport:
 def bucket_of(row: Mapping[str, Any]) -> Bucket:
     """Group and class of a row.
 
-    Measured numbers fall into bins of a log scale; yes/no, counts and cells are their own classes; options
+    Measured numbers fall into bins of a log scale, turns of objects into signed bins of 15 degrees; yes/no, counts and cells are their own classes; options
     are classes by what they say, unless they name objects (the labels are capped separately).
     """
     name, variant, kind = row["task"], row["variant"], row["answer_type"]
     answer = json.loads(row["answer_json"])
+    if name == "is_rotation":
+        return (
+            name,
+            "angle",
+            f"{math.floor(float(answer) / ROTATION_BIN_DEG) * ROTATION_BIN_DEG:+d}",
+        )
     if TASKS[name].balance == "number" or row["unit"] in METRIC_UNITS:
         value = _magnitude(kind, answer, row["unit"])
         return name, f"number {variant}", "-" if value is None else f"bin {_log_bin(value):02d}"
@@ -162,10 +171,19 @@ def balance(folder: Path, out: Path) -> BalanceReport:
     Args:
         folder: Finished parts.
         out: New folder; gets one file per part, ``plan.json`` and ``balance.json``.
+
+    Raises:
+        ConfigError: No rows, or ``out`` holds others, which would be read together with the new ones.
     """
     report = BalanceReport()
     label_counts: Counter[LabelKey] = Counter()
     files = sorted(folder.glob("*.parquet"))
+    if not files:
+        raise ConfigError(f"{folder}: no parquet file to balance.")
+    strangers = {path.name for path in out.glob("*.parquet")} - {path.name for path in files}
+    if strangers or out.resolve() == folder.resolve():
+        what = f"holds other rows ({min(strangers)})" if strangers else "is the folder of the rows"
+        raise ConfigError(f"{out} {what}. Balance into a new folder.")
     for row in _rows(files):
         report.before[bucket_of(row)] += 1
         label_counts.update(_label_keys(row))

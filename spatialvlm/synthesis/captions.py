@@ -54,9 +54,8 @@ def caption_facts(ctx: SceneContext, frames: Sequence[int]) -> list[Fact]:
         unclear = [
             o for o in same if o not in seen and any(v.state(o) == "ambiguous" for v in views)
         ]
-        if len(seen) > 1 and not unclear:
+        if len(seen) > 1 and not unclear and label not in ctx.scene.count_conflicts:
             facts.append(Fact("count", tuple(seen), len(seen)))
-        del label
     for top in unique:
         facts += [
             Fact("support", (top, b), "on") for b in unique if b != top and rests_on(ctx, top, b)

@@ -148,7 +148,11 @@ class SceneContext:
         self.visibility_filter = visibility_filter
         self.objects: list[Object] = scene.objects
         self.labels: list[str] = [item.label for item in scene.objects]
-        self.targets: list[int] = [item.index for item in scene.objects if item.is_target]
+        doubtful = {item.label for item in scene.objects if item.extra.get("excluded")}
+        self.targets: list[int] = [
+            item.index for item in scene.objects if item.is_target and item.label not in doubtful
+        ]
+        """Objects that questions may be about. With one instance left out, its label neither counts nor names."""
         self.by_label: dict[str, list[int]] = defaultdict(list)
         for index in self.targets:
             self.by_label[self.labels[index]].append(index)

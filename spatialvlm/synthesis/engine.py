@@ -150,9 +150,10 @@ def synthesize(
     todo = []
     if not dry_run:
         out.mkdir(parents=True, exist_ok=True)
+        total = len(split_into_parts(refs))
         if overwrite:
-            _start_over(out, plan, {part.stem for part in parts}, every_part=count == 1)
-        _check_plan(out, plan)
+            _start_over(out, plan, {part.stem for part in parts}, total, every_part=count == 1)
+        _check_plan(out, plan, total)
     for part in parts:
         sidecar = None if dry_run else finished_sidecar(out, part)
         if sidecar is not None and sidecar["config_hash"] == plan.config_hash:
@@ -303,13 +304,16 @@ def _add(summary: Summary, sidecar: dict[str, Any]) -> None:
             summary.counters[task, reason] += count
 
 
-def _start_over(out: Path, plan: SynthesisPlan, own: set[str], *, every_part: bool) -> None:
+def _start_over(
+    out: Path, plan: SynthesisPlan, own: set[str], total: int, *, every_part: bool
+) -> None:
     """Remove parts of earlier runs, and nothing else; finished parts of other shards of this plan stay."""
     for path in sorted(out.glob("part-*-of-*.parquet")) + sorted(out.glob("part-*-of-*.json")):
         if _PART.fullmatch(path.stem) is None:
             continue
         sidecar = path.with_suffix(".json")
-        if every_part or path.stem in own or _hash_of(sidecar) not in (None, plan.config_hash):
+        other = _hash_of(sidecar) not in (None, plan.config_hash) or _total_of(path) != total
+        if every_part or path.stem in own or other:
             path.with_suffix(".parquet").unlink(missing_ok=True)
             sidecar.unlink(missing_ok=True)
 
@@ -322,12 +326,23 @@ def _hash_of(sidecar: Path) -> str | None:
     return value
 
 
-def _check_plan(out: Path, plan: SynthesisPlan) -> None:
-    """Refuse a folder that holds rows of another plan.
+def _total_of(path: Path) -> int:
+    """Number of parts of the run that wrote a part."""
+    return int(path.stem.rpartition("-")[2])
+
+
+def _check_plan(out: Path, plan: SynthesisPlan, total: int) -> None:
+    """Refuse a folder that holds rows of another plan, or parts that this run would not replace.
 
     Raises:
-        ConfigError: Another configuration hash.
+        ConfigError: Another configuration hash, or parts of another list of scenes.
     """
+    for path in sorted(out.glob("part-*-of-*")):
+        if _PART.fullmatch(path.stem) and _total_of(path) != total:
+            raise ConfigError(
+                f"{path} belongs to another list of scenes (or --limit): this run has {total} parts, and the rows "
+                "of both would be read together. Choose another folder or pass --overwrite."
+            )
     for path in sorted(out.glob("part-*.json")):
         other = _hash_of(path)
         if other != plan.config_hash:
@@ -353,10 +368,17 @@ def merge_manifest(out: Path, expected_parts: int | None = None) -> dict[str, An
     Args:
         out: Folder of the rows.
         expected_parts: Number of parts of the whole run; ``None`` reads it from the file names.
+
+    Raises:
+        ConfigError: There is no part to read it from.
     """
     files = sorted(out.glob("part-*-of-*.json"))
     if expected_parts is None:
-        expected_parts = int(files[0].stem.rpartition("-")[2]) if files else 0
+        if not files:
+            raise ConfigError(
+                f"{out}: no sidecar part-*-of-*.json to merge. Is this the folder of the rows?"
+            )
+        expected_parts = _total_of(files[0])
     counters: dict[str, Counter[str]] = defaultdict(Counter)
     licenses: Counter[str] = Counter()
     blocked: list[str] = []

@@ -29,6 +29,10 @@ DIALECTS: tuple[Dialect, ...] = ("internvl", "qwen", "plain")
 rewrites them where a model wants pixels."""
 DIALECT_OF: dict[str, Dialect] = {"internvl3": "internvl", "qwen2_5vl": "qwen", "qwen3vl": "qwen"}
 """Dialect of every backbone family."""
+WORDS_ONLY = (0, 4)
+"""Formats without boxes, neither in the text nor drawn: for questions about where something is."""
+UNDRAWN = (0, 4, 8, 12)
+"""Formats with the original image: for questions that a drawn mark would change."""
 _MARKS = {2: "box", 3: "mask", 4: "id"}
 Slots = Sequence[Mapping[str, Any]]
 

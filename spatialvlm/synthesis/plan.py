@@ -15,7 +15,7 @@ import yaml
 from spatialvlm.errors import ConfigError
 from spatialvlm.synthesis.rows import GEN_VERSION, Form, canonical_json
 from spatialvlm.synthesis.tasks import TASKS
-from spatialvlm.synthesis.wording import Wording
+from spatialvlm.synthesis.wording import Wording, phrase_book
 
 Geometry = Literal["box", "points"]
 DEFAULT_COUNT = {"image": 20, "video": 6}
@@ -86,7 +86,8 @@ def make_plan(
         overrides: Further fields of :class:`SynthesisPlan` that override the file.
 
     Raises:
-        ConfigError: Unknown task, key or form, or a negative count; names the nearest valid word.
+        ConfigError: Unknown task, key or form, or a value of the wrong kind; names the nearest valid word.
+        SynthesisError: A template file breaks a rule.
     """
     if tasks.endswith((".yaml", ".yml")):
         values = _read(Path(tasks))
@@ -100,9 +101,16 @@ def make_plan(
     known = {item.name for item in dataclasses.fields(SynthesisPlan)}
     problems = [_unknown(f"{where}", key, known) for key in values if key not in known]
     plans: dict[str, TaskPlan] = {}
-    for name, settings in (values.get("tasks") or {}).items():
+    asked = values.get("tasks") or {}
+    if not isinstance(asked, dict):
+        problems.append(f"{where}: tasks must be 'name: settings' pairs, got {asked!r}")
+        asked = {}
+    for name, settings in asked.items():
         if name not in TASKS:
             problems.append(_unknown(f"{where}: tasks", name, TASKS))
+            continue
+        if not isinstance(settings, dict | None):
+            problems.append(f"{where}: tasks.{name} must be like {{count: 4}}, got {settings!r}")
             continue
         plan, wrong = _task_plan(f"{where}: tasks.{name}", name, settings or {}, per_task)
         plans[name] = plan
@@ -114,15 +122,30 @@ def make_plan(
         wrong = [
             _unknown(f"{where}: wording", k, fields) for k in values["wording"] if k not in fields
         ]
-        problems += wrong
+        problems += wrong + _wrong_wording(f"{where}: wording", values["wording"])
         values["wording"] = Wording() if wrong else Wording(**values["wording"])
+    elif not isinstance(values.get("wording", Wording()), Wording):
+        problems.append(f"{where}: wording must be keys and values, got {values['wording']!r}")
     if values.get("geometry", "box") not in get_args(Geometry):
         problems.append(f"{where}: geometry must be one of {', '.join(get_args(Geometry))}")
+    if type(values.get("seed", 0)) is not int:
+        problems.append(f"{where}: seed must be an integer, got {values['seed']!r}")
+    for key in ("visibility_filter", "allow_unfiltered"):
+        if not isinstance(values.get(key, True), bool):
+            problems.append(f"{where}: {key} must be true or false, got {values[key]!r}")
+    for key in ("allow_split", "templates"):
+        if not _is_words(values.get(key, ())):
+            problems.append(f"{where}: {key} must be a list of words, got {values[key]!r}")
+            values[key] = ()
+    for path in values.get("templates", ()):
+        if not Path(path).is_file():
+            problems.append(f"{where}: template file {path} does not exist")
     if problems:
         raise ConfigError("the synthesis plan has problems:\n  " + "\n  ".join(problems))
     for key in ("allow_split", "templates"):
         if key in values:
             values[key] = tuple(values[key])
+    phrase_book(values.get("templates", ()))  # a bad template ends the command, not every scene
     values["tasks"] = plans
     return SynthesisPlan(**values)
 
@@ -145,6 +168,25 @@ def _unknown(where: str, word: str, known: Any) -> str:
     return f"{where}: unknown {word!r}{hint}"
 
 
+def _is_words(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(word, str) for word in value)
+
+
+def _wrong_wording(where: str, values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the values of :class:`Wording`; unknown keys are not looked at."""
+    problems = []
+    for key, value in values.items():
+        if key in ("sentences", "cot", "marks"):
+            if type(value) not in (int, float) or not 0 <= value <= 1:
+                problems.append(f"{where}.{key} must be a share from 0 to 1, got {value!r}")
+        elif key == "paraphrases":
+            if value is not None and (type(value) is not int or value < 1):
+                problems.append(f"{where}.{key} must be a positive integer, got {value!r}")
+        elif not isinstance(value, bool) and not (key == "formats" and value is None):
+            problems.append(f"{where}.{key} must be true or false, got {value!r}")
+    return problems
+
+
 def _task_plan(
     where: str, name: str, settings: Mapping[str, Any], per_task: int | None
 ) -> tuple[TaskPlan, list[str]]:
@@ -154,13 +196,16 @@ def _task_plan(
         if key not in ("count", "forms", "variants")
     ]
     count = settings.get("count") if per_task is None else per_task
-    if count is not None and (not isinstance(count, int) or count < 0):
+    if count is not None and (type(count) is not int or count < 0):
         problems.append(f"{where}: count must be a number of rows, got {count!r}")
         count = None
     task = TASKS[name]
     picked: dict[str, tuple[Any, ...] | None] = {}
     for key, allowed in (("forms", task.forms), ("variants", task.variants)):
         chosen = settings.get(key)
+        if chosen is not None and not _is_words(chosen):
+            problems.append(f"{where}.{key} must be a list of words, got {chosen!r}")
+            chosen = None
         picked[key] = None if chosen is None else tuple(chosen)
         problems += [
             _unknown(f"{where}.{key}", str(item), allowed)

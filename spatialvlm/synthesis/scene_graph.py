@@ -13,6 +13,9 @@ SUPPORT_OVERLAP = 0.3
 SUPPORT_GAP_M = 0.05
 NEAR_RATIO = 0.5
 FAR_RATIO = 2.0
+OPPOSITE = {
+    "left": "right", "right": "left", "above": "below", "below": "above", "front": "behind", "behind": "front",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def _view_edges(ctx: SceneContext, view: View) -> list[Edge]:
 
 
 def _both(relation: str, a: int, b: int, holds: bool, margin: Margin) -> list[Edge]:
-    opposite = {"left": "right", "above": "below", "front": "behind"}[relation]
+    opposite = OPPOSITE[relation]
     first, second = (a, b) if holds else (b, a)
     value = margin.normalised
     return [Edge(relation, first, second, value), Edge(opposite, second, first, value)]

@@ -220,7 +220,10 @@ def check_row(maker: RowMaker, row: Mapping[str, Any]) -> list[str]:
         problems.append("the id does not belong to the arguments")
     scene = maker.ctx.scene
     missing = [f for f in args.get("frames", ()) if f not in maker.ctx.frame_of]
-    missing += [o for o in args.get("objects", ()) if not 0 <= o < len(scene.objects)]
+    named = [*args.get("objects", ()), *(o for t in args.get("triplets", ()) for o in t)]
+    named += [mark for _, mark in args.get("relations", ())]
+    missing += [o for o in named if not 0 <= o < len(scene.objects)]
+    missing += [f"frame {k}" for k in args.get("at", ()) if not 0 <= k < len(args["frames"])]
     if missing:
         return [*problems, f"the arguments name {missing}, which the scene does not have"]
     if task.id not in maker.plan.tasks:
@@ -254,7 +257,9 @@ def check_text(row: Mapping[str, Any]) -> list[str]:
     evidence = json.loads(row["evidence"])
     several = isinstance(evidence, list)
     texts = row["answer_text"].split("\n") if several else [row["answer_text"]]
-    for answer, text in zip(answers if several else [answers], texts, strict=True):
+    if several and not len(answers) == len(texts) == len(evidence):
+        problems.append(f"{len(evidence)} turns with {len(answers)} answers and {len(texts)} texts")
+    for answer, text in zip(answers if several else [answers], texts, strict=False):
         places = decimals_of(text) if answer_type == "number" else None
         try:
             written = format_answer(answer_type, answer, options=row["options"], places=places)

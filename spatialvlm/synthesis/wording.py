@@ -6,6 +6,7 @@ A template file maps task -> key -> paraphrases. A key is ``[variant/]FORM[@unit
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -188,11 +189,17 @@ class PhraseBook:
 
     def __init__(self, extra: Iterable[str | Path] = ()) -> None:
         texts: dict[str, dict[str, list[str]]] = {}
-        for path in [*sorted(TEMPLATE_DIR.glob("*.yaml")), *map(Path, extra)]:
-            for task, keys in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        for path in sorted(TEMPLATE_DIR.glob("*.yaml")):
+            texts.update(yaml.safe_load(path.read_text(encoding="utf-8")))
+        texts = {task: {key: list(v) for key, v in keys.items()} for task, keys in texts.items()}
+        problems: list[str] = []
+        for path in map(Path, extra):
+            added = _read_templates(path)
+            problems += [f"{path}: {text}" for text in lint_slots(added, texts)]
+            for task, keys in added.items():
                 for key, lines in keys.items():
                     texts.setdefault(task, {}).setdefault(key, []).extend(lines)
-        problems = lint(texts)
+        problems += lint(texts)
         if problems:
             raise SynthesisError("templates have problems:\n  " + "\n  ".join(problems))
         self._choices: dict[tuple[str | int | None, ...], list[Template]] = {}
@@ -252,6 +259,59 @@ class PhraseBook:
 def phrase_book(extra: tuple[str, ...] = ()) -> PhraseBook:
     """The built-in templates and those of further files, read once per process."""
     return PhraseBook(extra)
+
+
+def _read_templates(path: Path) -> dict[str, dict[str, list[str]]]:
+    """Templates of a user's file.
+
+    Raises:
+        SynthesisError: Not YAML, or not ``task -> key -> list of texts``.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SynthesisError(f"{path} is not valid YAML: {error}") from error
+    fine = isinstance(values, dict) and all(
+        isinstance(keys, dict)
+        and all(isinstance(v, list) and all(isinstance(x, str) for x in v) for v in keys.values())
+        for keys in values.values()
+    )
+    if not fine:
+        raise SynthesisError(
+            f"{path}: expected task -> key -> list of texts, as in {TEMPLATE_DIR}."
+        )
+    return dict(values)
+
+
+def lint_slots(
+    added: Mapping[str, Mapping[str, list[str]]], known: Mapping[str, Mapping[str, list[str]]]
+) -> list[str]:
+    """Tasks of ``added`` that nobody asks, slots that nobody fills, and slots that every known text has but one lacks."""
+    problems = []
+    for task, keys in added.items():
+        if task not in known:
+            near = difflib.get_close_matches(task, list(known), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            problems.append(f"unknown task {task!r}{hint}")
+            continue
+        for key, lines in keys.items():
+            # A key of its own has no model: its slots may be those of any text of the task.
+            models = known[task].get(key)
+            every = models or [line for texts in known[task].values() for line in texts]
+            sets = [Template.compile("", line).slots for line in every]
+            allowed = set().union(*sets)
+            needed = set.intersection(*sets) if models else set()
+            for line in lines:
+                slots = Template.compile("", line).slots
+                problems += [
+                    f"{task}/{key}: unknown slot {{{slot}}}; known: {', '.join(sorted(allowed)) or 'none'}: {line!r}"
+                    for slot in sorted(slots - allowed)
+                ]
+                problems += [
+                    f"{task}/{key}: slot {{{slot}}} is missing: {line!r}"
+                    for slot in sorted(needed - slots)
+                ]
+    return problems
 
 
 def lint(texts: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -295,8 +295,23 @@ class Writer:
         return text, template.id
 
     # Rows ----------------------------------------------------------------------------------------
-    def qa(self, *turns: Turn, tags: Sequence[str] = (), group: str = "", system: str = "") -> QA:
-        """Finish the question: slots for the objects it names, formats it may be shown in."""
+    def qa(
+        self,
+        *turns: Turn,
+        tags: Sequence[str] = (),
+        group: str = "",
+        system: str = "",
+        formats: Sequence[int] | None = None,
+    ) -> QA:
+        """Finish the question: slots for the objects it names, formats it may be shown in.
+
+        Args:
+            turns: One or several questions.
+            tags: Further tags of the row.
+            group: Ties rows of one scene.
+            system: System message.
+            formats: The only instruction formats that do not give the answer away; ``None`` = all.
+        """
         slots = self._slots(turns, 1 if system else 0) if self.media == "images" else []
         return QA(
             turns=list(turns),
@@ -304,7 +319,7 @@ class Writer:
             media=self.media,
             slots=slots,
             marks=self.marks,
-            formats_ok=self._formats(slots),
+            formats_ok=[f for f in self._formats(slots) if formats is None or f in formats],
             system=system or None,
             tags=tuple(tags),
             group=group,

@@ -80,6 +80,8 @@ def other_pieces(grid: np.ndarray, draws: Draws) -> list[str]:
 def seen_from(heights: np.ndarray, heading_deg: float) -> tuple[list[int], float]:
     """Silhouette from left to right for a camera that looks along ``heading_deg`` on the ground.
 
+    It begins and ends with a cube: nothing in the picture says how far the empty grid goes on.
+
     Returns:
         Heights from left to right, and the angle between the heading and the nearest axis.
     """
@@ -90,7 +92,8 @@ def seen_from(heights: np.ndarray, heading_deg: float) -> tuple[list[int], float
     # Looking along +x the left side is +y; along +y it is -x; the others are reversed.
     if quarter in (0, 3):
         profile = profile[::-1]
-    return profile, off
+    filled = [place for place, height in enumerate(profile) if height]
+    return profile[filled[0] : filled[-1] + 1], off
 
 
 class DaBlocks(Task):
@@ -155,10 +158,14 @@ class DaBlocks(Task):
         """Counts within three of the truth, permuted outlines, or pieces that do not fit."""
         write.show([ctx.frame_of[frame] for frame in args["frames"]])
         variant = args["variant"]
+        # Left, right, near and far are those of one camera.
+        slots = {"camera": "the camera of view 1" if len(args["frames"]) > 1 else "the camera"}
         if variant == "assemble":
             piece = np.array(derived.answer)
             wrong = other_pieces(piece, write.draws)
-            return write.qa(write.turn("text", grid_text(piece), {}, variant=variant, wrong=wrong))
+            return write.qa(
+                write.turn("text", grid_text(piece), slots, variant=variant, wrong=wrong)
+            )
         if variant != "silhouette":
             wrong = write.count_options(derived.answer)
             turn = write.turn(
@@ -167,8 +174,8 @@ class DaBlocks(Task):
             return write.qa(turn)
         right = [str(height) for height in derived.answer]
         if write.base == "OE":
-            return write.qa(write.turn("list", right, {}, variant=variant))
+            return write.qa(write.turn("list", right, slots, variant=variant))
         if len(set(right)) < 2:
             raise Reject(Reason.DISTRACTORS, "all columns have one height")
         wrong = permutations_of(write.draws, right)
-        return write.qa(write.turn("text", ", ".join(right), {}, variant=variant, wrong=wrong))
+        return write.qa(write.turn("text", ", ".join(right), slots, variant=variant, wrong=wrong))

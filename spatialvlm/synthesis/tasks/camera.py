@@ -298,6 +298,8 @@ class CamMotion(Task):
         Rotation is read from heading and pitch, so that a rolled camera changes nothing; yaw counts
         counter-clockwise, so a positive one is a turn to the left.
         """
+        if args["variant"] == "distance" and not ctx.scene.metric:
+            raise Reject(Reason.NEEDS_METRIC)
         first, second = ctx.usable_pair(args["frames"])
         pair = ctx.pair(first.index, second.index)
         move = move_in_view(first, second)

@@ -237,4 +237,6 @@ class CorrObj(Task):
         if rest:
             write.refs.pop(rest[0], None)
             slots["b"] = write.mark(rest[0], 1)
-        return write.qa(write.turn("yesno", derived.answer, slots, variant=args["variant"]))
+        turn = write.turn("yesno", derived.answer, slots, variant=args["variant"])
+        # A format would mark the object in every view that shows it, which is the answer.
+        return write.qa(turn, formats=())

@@ -9,6 +9,7 @@ from numpy.random import Generator
 
 from spatialvlm.answers import round_half_up
 from spatialvlm.synthesis.context import APPEARED_PX_FRAC, SceneContext, require
+from spatialvlm.synthesis.formats import UNDRAWN, WORDS_ONLY
 from spatialvlm.synthesis.rows import QA, Args, Derived, Margin, Reason, Reject
 from spatialvlm.synthesis.scene_graph import FAR_RATIO, NEAR_RATIO, nearness
 from spatialvlm.synthesis.tasks.base import Task, per_frame
@@ -69,7 +70,7 @@ class LocateCell(Task):
         turn = write.turn(
             "text" if letter else "coord", derived.answer, slots, variant=args["variant"]
         )
-        return write.qa(turn)
+        return write.qa(turn, formats=WORDS_ONLY)
 
 
 class CellMap(Task):
@@ -177,7 +178,8 @@ class ObjectColour(Task):
         write.refs[obj] = Ref(obj, f"the {label}", label, "label")
         others = sorted({o.color_name for o in ctx.objects if o.color_name} | set(COLOUR_NAMES))
         wrong = write.draws.shuffled([name for name in others if name != derived.answer])[:3]
-        return write.qa(write.turn("text", derived.answer, {"a": write.refs[obj]}, wrong=wrong))
+        turn = write.turn("text", derived.answer, {"a": write.refs[obj]}, wrong=wrong)
+        return write.qa(turn, formats=UNDRAWN)
 
 
 class Proximity(Task):
@@ -249,4 +251,4 @@ class Grounding2d(Task):
         ref = write.name(args["objects"][0])
         if ref.how == "mark":
             raise Reject(Reason.REFERRAL, "only a mark could name the object")
-        return write.qa(write.turn("box", derived.answer, {"a": ref}))
+        return write.qa(write.turn("box", derived.answer, {"a": ref}), formats=WORDS_ONLY)

@@ -73,6 +73,8 @@ class IsCount(Task):
 
     def derive(self, ctx: SceneContext, args: Args) -> Derived:
         """Number of visible instances, 0 to 10; an ambiguous instance rejects."""
+        if args["label"] in ctx.scene.count_conflicts:
+            raise Reject(Reason.COUNT_CONFLICT, args["label"])
         view = ctx.view(args["frames"][0])
         visible = []
         for obj in ctx.by_label.get(args["label"], ()):
@@ -165,8 +167,8 @@ class IsSize(Task):
     id = "is_size"
     family = "SM"
     capability = "SR"
-    group = "rel"
-    dimension = "rel"
+    group = "meas"
+    dimension = "size"
     variants = ("bigger", "taller", "wider")
     tags = ("benchmark_like:internspatial",)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from itertools import product
 from typing import Any
 
@@ -18,7 +18,7 @@ from spatialvlm.synthesis.routes import (
     stands_on_floor,
 )
 from spatialvlm.synthesis.rows import QA, Args, Derived, Margin, Reason, Reject
-from spatialvlm.synthesis.scene_graph import view_edges
+from spatialvlm.synthesis.scene_graph import OPPOSITE, rests_on, view_edges
 from spatialvlm.synthesis.tasks.base import Task, require_count, shuffled
 from spatialvlm.synthesis.tasks.vsi import VideoTask
 from spatialvlm.synthesis.writer import Writer
@@ -277,8 +277,11 @@ class LocationText(Task):
                 continue
             if not view.is_clean(rival):
                 raise Reject(Reason.AMBIGUOUS, f"object {rival}")
-            if all((relation, rival, mark) in edges for relation, mark in args["relations"]):
-                raise Reject(Reason.REFERRAL, f"object {rival} fits as well")
+            if not any(
+                surely_not(ctx, edges, relation, rival, mark)
+                for relation, mark in args["relations"]
+            ):
+                raise Reject(Reason.REFERRAL, f"object {rival} fits as well, or nearly")
         return Derived(args["relations"], Margin("facts", min(margins), 1.0), {})
 
     def phrase(self, ctx: SceneContext, args: Args, derived: Derived, write: Writer) -> QA:
@@ -290,6 +293,16 @@ class LocationText(Task):
         parts = [f"{LOCATION_WORDS[r]} the {ctx.labels[b]}" for r, b in derived.answer]
         text = f"The {ctx.labels[obj]} is {', '.join(parts[:-1])} and {parts[-1]}."
         return write.qa(write.turn("text", text, {"a": ref}, hint=False))
+
+
+def surely_not(
+    ctx: SceneContext, edges: Container[tuple[str, int, int]], relation: str, obj: int, mark: int
+) -> bool:
+    """Whether an object fails a relation by a margin of its own, not only misses the one that is asked for."""
+    if relation == "on":
+        return not rests_on(ctx, obj, mark)
+    opposite = "far" if relation == "near" else OPPOSITE[relation]
+    return obj != mark and (opposite, obj, mark) in edges
 
 
 LOCATION_WORDS = {

@@ -75,6 +75,8 @@ class GroundingCam9(Task):
         found = []
         least = 1.0
         for label in args["labels"]:
+            if label in ctx.scene.count_conflicts:
+                raise Reject(Reason.COUNT_CONFLICT, label)
             for obj in ctx.by_label.get(label, ()):
                 state = view.state(obj)
                 if state == "ambiguous":
@@ -158,6 +160,8 @@ class SsrGrounding7(VideoTask):
         if args["variant"] == "several":
             if sorted(args["objects"]) != sorted(ctx.by_label[args["label"]]):
                 raise Reject(Reason.DUPLICATE_LABEL, "not all instances of the label")
+            if args["label"] in ctx.scene.count_conflicts:
+                raise Reject(Reason.COUNT_CONFLICT, args["label"])
         else:
             ref = self._refer(ctx, args, frames)
             if ref.margin is not None:

@@ -1,6 +1,7 @@
 """Broken scenes: a named error that is recorded, or a counted rejection; never a wrong row."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 from PIL import Image
 
 from spatialvlm.errors import BoxError, CameraError, SceneSchemaError
+from spatialvlm.synthesis.context import SceneContext
 from spatialvlm.synthesis.engine import Job, scene_rows
 from spatialvlm.synthesis.parts import SceneRef
 from spatialvlm.synthesis.plan import make_plan
-from spatialvlm.synthesis.rows import Reason
+from spatialvlm.synthesis.rows import Reason, Reject
+from spatialvlm.synthesis.tasks import TASKS
 
 SIMPLE = "left_right,dist_abs,is_count,vsi_rel_dir,object_colour"
 
@@ -132,3 +135,34 @@ def test_ambiguous_objects_are_rejected_with_their_reason(values, generate):
 def test_every_reason_of_a_rejection_is_documented():
     page = (Path(__file__).resolve().parents[3] / "docs" / "tasks.md").read_text()
     assert [str(reason) for reason in Reason if f"`{reason}`" not in page] == []
+
+
+COUNTING = "is_count,grounding_cam9,vsi_count,scene_caption"
+
+
+def test_a_label_with_an_instance_left_out_neither_counts_nor_names(values, generate):
+    assert any(
+        "chair" in str(row["messages"]) for row in generate(values, f"{SIMPLE},{COUNTING}")[0]
+    )
+    values["objects"][3]["extra"] = {"excluded": "conflicting_box"}  # the second chair
+    rows, _ = generate(values, f"{SIMPLE},{COUNTING},is_exist")
+    assert rows
+    assert not [row["messages"] for row in rows if "chair" in str(row["messages"])]
+
+
+def test_labels_with_another_stated_count_are_not_counted(values, generate):
+    values["label_counts"] = {"chair": 3, "sofa": 1}
+    rows, counters = generate(values, COUNTING)
+    for task in ("is_count", "grounding_cam9", "vsi_count"):
+        assert counters[task, Reason.COUNT_CONFLICT] > 0
+    for row in rows:
+        text = str(row["messages"]).lower()
+        assert "chairs" not in text
+        assert "labelled chair" not in text
+
+
+def test_lengths_need_a_metric_scene(hand_room):
+    ctx = SceneContext(replace(hand_room, metric=False))
+    args = {"variant": "distance", "frames": ["F0", "F2"], "objects": []}
+    with pytest.raises(Reject, match="needs:metric"):
+        TASKS["cam_motion"].derive(ctx, args)

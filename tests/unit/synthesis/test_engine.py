@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -98,8 +99,8 @@ def test_overwrite_starts_over_and_leaves_other_files_alone(scenes, tmp_path):
     strangers = [tmp_path / name for name in ("part-notes.parquet", "notes.json", "rows.parquet")]
     for path in strangers:
         path.write_text("mine")
-    (tmp_path / "part-00007-of-00009.parquet").write_text("left behind by a killed run")
     assert synthesize(scenes, tmp_path, plan, executor="serial").skipped_parts == 5
+    (tmp_path / "part-00007-of-00009.parquet").write_text("left behind by a killed run")
     again = synthesize(scenes, tmp_path, plan, executor="serial", overwrite=True)
     assert (again.parts, again.skipped_parts) == (5, 0)
     assert [path.read_text() for path in strangers] == ["mine"] * 3
@@ -211,3 +212,56 @@ def test_the_command_writes_rows_and_reports(scenes, tmp_path):
     )
     assert again.returncode == 2
     assert "ConfigError" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("tasks: [left_right]", "'name: settings' pairs"),
+        ("tasks: {left_right: 4}", "must be like"),
+        ("tasks: {left_right: {forms: YN}}", "forms must be a list"),
+        ("tasks: {left_right: {count: true}}", "count must be"),
+        ("tasks: {left_right: {}}\nseed: 1.5", "seed must be an integer"),
+        ("tasks: {left_right: {}}\nallow_split: val", "allow_split must be a list"),
+        (
+            "tasks: {left_right: {}}\nvisibility_filter: 'off'",
+            "visibility_filter must be true or false",
+        ),
+        ("tasks: {left_right: {}}\nwording: plain", "wording must be keys and values"),
+        ("tasks: {left_right: {}}\nwording: {sentences: 20}", "a share from 0 to 1"),
+        ("tasks: {left_right: {}}\nwording: {paraphrases: 0}", "a positive integer"),
+        ("tasks: {left_right: {}}\ntemplates: [gone.yaml]", "gone.yaml does not exist"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused(tmp_path, text, problem):
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=problem):
+        make_plan(str(path))
+
+
+def test_rows_of_another_list_of_scenes_are_not_mixed_in(scenes, tmp_path):
+    plan = make_plan("left_right")
+    synthesize(scenes, tmp_path, plan, executor="serial", limit=2)
+    with pytest.raises(ConfigError, match="another list of scenes"):
+        synthesize(scenes, tmp_path, plan, executor="serial")
+    for index in (0, 1):
+        synthesize(scenes, tmp_path, plan, executor="serial", shard=(index, 2), overwrite=True)
+    assert len(list(tmp_path.glob("*.parquet"))) == 5
+    assert (tmp_path / "_SUCCESS").exists()
+
+
+def test_shards_are_merged_balanced_and_exported_together(scenes, tmp_path):
+    command = runpy.run_path(str(ROOT / "tools" / "synthesize.py"))["main"]
+    rows, even = tmp_path / "rows", tmp_path / "even"
+    rows.mkdir()
+    assert command(["--out", str(rows), "--merge-manifest"]) == 2
+    assert not (rows / "_SUCCESS").exists()
+    plan = make_plan("left_right")
+    ask = ["--out", str(rows), "--merge-manifest", "--balance", str(even)]
+    for index, code in ((0, 1), (1, 0)):
+        synthesize(scenes, rows, plan, executor="serial", shard=(index, 2))
+        assert command(ask) == code
+        assert even.exists() == (code == 0)
+    assert sum(pq.read_metadata(path).num_rows for path in even.glob("*.parquet")) > 0
+    assert command([*ask[:-1], str(rows)]) == 2

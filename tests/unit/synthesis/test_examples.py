@@ -20,6 +20,7 @@ from spatialvlm.synthesis.tasks import TASKS
 from spatialvlm.synthesis.tasks.camera import ring_order
 from spatialvlm.synthesis.tasks.correspondence import see_point
 from spatialvlm.synthesis.tasks.multiview import bearing_around, direction_at, largest, nearest
+from spatialvlm.synthesis.tasks.reasoning import surely_not
 from spatialvlm.synthesis.tasks.vsi import direction_word, relative_direction
 
 ALL = ("F0", "F1", "F2")
@@ -383,6 +384,16 @@ def test_extremes_and_existence(ask):
         Reason.MARGIN,
         Reason.AMBIGUOUS,
     )
+
+
+def test_a_rival_must_fail_a_relation_by_its_own_margin(room):
+    edges = {("right", CHAIR2, SOFA), ("far", CHAIR2, TABLE)}
+    assert surely_not(room, edges, "left", CHAIR2, SOFA)
+    assert surely_not(room, edges, "near", CHAIR2, TABLE)
+    assert surely_not(room, edges, "on", CHAIR2, TABLE)
+    # Neither left nor right by 0.15 m: the description may fit it as well.
+    assert not surely_not(room, edges, "left", CHAIR1, SOFA)
+    assert not surely_not(room, edges, "near", CHAIR1, TABLE)
 
 
 def test_rotation_against_the_line_of_sight(ask, room):

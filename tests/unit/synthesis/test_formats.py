@@ -244,3 +244,15 @@ def test_a_plan_can_keep_its_questions_as_written(hand_room):
     assert [row["messages"] for row in rows["kept"]] == [row["messages"] for row in rows["varied"]]
     for row in rows["kept"] + rows["unmarked"]:
         assert row["formats_ok"] == ([] if json.loads(row["marks"]) else [0])
+
+
+def test_no_format_gives_the_answer_away(hand_room):
+    plan = make_plan("grounding_2d,locate_cell,object_colour,left_right", per_task=6)
+    plan = replace(plan, wording=replace(plan.wording, masks=False))
+    allowed = {"grounding_2d": {0, 4}, "locate_cell": {0, 4}, "object_colour": {0, 4, 8, 12}}
+    seen = {}
+    for row in generate_scene(hand_room, plan)[0]:
+        seen.setdefault(row["task"], set()).update(row["formats_ok"])
+    assert len(seen["left_right"]) > 4
+    for task, formats in allowed.items():
+        assert seen[task] == formats

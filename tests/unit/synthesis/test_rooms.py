@@ -78,6 +78,8 @@ def test_nearly_every_task_has_rows_in_two_rooms_and_all_verify(rooms, tmp_path)
         ):
             assert set(part) == {"args", "values"}
             assert isinstance(one, ANSWER_PYTHON[row["answer_type"]]), row["task"]
+        if row["task"] == "corr_obj":  # other formats would mark the object in both views
+            assert row["formats_ok"] == []
         assert row["margin"]["value"] >= row["margin"]["threshold"] > 0
         assert row["margin"]["kind"]
     # Whether a label repeats visibly, cameras ring a centre, or a route exists depends on the room.
@@ -274,6 +276,9 @@ def test_stacks_of_cubes(tmp_path):
     assert seen_from(heights, -90.0)[0] == [3, 2]
     assert seen_from(heights, 0.0)[0] == [3, 2]
     assert seen_from(heights, 170.0) == ([2, 3], pytest.approx(10.0))
+    bordered = np.array([[0, 0, 0], [0, 2, 0], [0, 1, 3]])  # nobody sees where the empty grid ends
+    assert seen_from(bordered, 90.0)[0] == [2, 3]
+    assert seen_from(bordered, 0.0)[0] == [3, 2]
 
     assert grid_text(from_camera(missing_piece(heights), 90.0)) == "2 0 / 1 3"
     for heading in (0.0, 90.0, 180.0, -90.0):
@@ -292,5 +297,8 @@ def test_stacks_of_cubes(tmp_path):
     report = verify(tmp_path / "rows", tmp_path / "rooms")
     assert report.mismatches == []
     assert report.checked > 0
-    variants = {row["variant"] for row in read_rows(tmp_path / "rows")}
-    assert variants == {"count", "silhouette", "complete", "assemble"}
+    rows = read_rows(tmp_path / "rows")
+    assert {row["variant"] for row in rows} == {"count", "silhouette", "complete", "assemble"}
+    for row in rows:  # left and right are those of one camera, which two pictures must name
+        sided = row["variant"] in ("silhouette", "assemble")
+        assert ("camera of view 1" in str(row["messages"])) == (sided and row["num_views"] == 2)

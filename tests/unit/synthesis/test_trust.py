@@ -125,6 +125,21 @@ def other_object(row):
     return {**row, "evidence": json.dumps(evidence)}
 
 
+def shorter_dialogue(row):
+    texts = row["answer_text"].split("\n")
+    if row["task"] != "size_abs" or len(texts) < 2:
+        return None
+    return {**row, "answer_text": "\n".join(texts[:-1])}
+
+
+def gone_from_the_chain(row):
+    evidence = json.loads(row["evidence"])
+    if row["variant"] != "chain":
+        return None
+    evidence[0]["args"]["triplets"][0][2] = 99
+    return {**row, "evidence": json.dumps(evidence)}
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -135,6 +150,8 @@ def other_object(row):
         (lambda r: {**r, "choice_idx": (r["choice_idx"] + 1) % 2} if len(r["options"]) == 2 else None, "is not the answer"),
         (lambda r: {**r, "options": [r["options"][0]] * 2} if len(r["options"]) == 2 else None, "not distinct"),
         (lambda r: {**r, "id": "0" * 24}, "id does not belong"),
+        (shorter_dialogue, "turns with"),
+        (gone_from_the_chain, "does not have"),
         (lambda r: {**r, "scene_id": "rooms/gone"}, "not among the scenes"),
         (lambda r: {**r, "margin": {**r["margin"], "value": 0.0}}, "below its threshold"),
         (lambda r: {**r, "task": "left_off"}, "unknown task"),
@@ -196,6 +213,12 @@ def test_buckets_separate_measured_numbers_from_counts():
     assert bucket_of(near)[2] < bucket_of(far)[2]
     count = row_like("is_count", 3, 0, answer_type="number", unit="count")
     assert bucket_of(count) == ("is_count", "number", "3")
+
+
+def test_turns_of_objects_are_evened_out_per_direction():
+    for answer, word in ((36, "+30"), (-36, "-45"), ("45", "+45"), (-165, "-165")):
+        row = row_like("is_rotation", answer, 0, answer_type="number", unit="deg")
+        assert bucket_of(row) == ("is_rotation", "angle", word)
 
 
 def named(number, first, second):

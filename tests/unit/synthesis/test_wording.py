@@ -7,6 +7,7 @@ import pytest
 from spatialvlm.errors import SynthesisError
 from spatialvlm.scenes.rooms.build import RenderConfig, RoomSpec, build_room
 from spatialvlm.synthesis.context import SceneContext
+from spatialvlm.synthesis.plan import make_plan
 from spatialvlm.synthesis.referral import refer
 from spatialvlm.synthesis.rows import Draws, Reject
 from spatialvlm.synthesis.tasks import TASKS
@@ -161,3 +162,21 @@ def test_phrases_single_out_one_object():
                 checked[ref.how] += 1
     assert checked["label"] > 20
     assert len(checked) >= 2
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("left_right:\n  YN: ['Is {a} {word} of {z}?']\n", r"unknown slot \{z\}"),
+        ("left_right:\n  YN: ['Is {a} {word}?']\n", r"slot \{b\} is missing"),
+        ("left_rigth:\n  YN: ['Is {a} {word} of {b}?']\n", "did you mean 'left_right'"),
+        ("left_right: 3\n", "expected task"),
+        ("- left_right\n", "expected task"),
+        ("left_right: {\n", "not valid YAML"),
+    ],
+)
+def test_bad_template_files_end_the_command_before_any_scene(tmp_path, text, problem):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(SynthesisError, match=problem):
+        make_plan("left_right", overrides={"templates": [str(path)]})
