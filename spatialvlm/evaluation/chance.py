@@ -8,6 +8,7 @@ import numpy as np
 
 from spatialvlm.evaluation.metrics import mra
 from spatialvlm.evaluation.schema import Item
+from spatialvlm.evaluation.structured import SLACK, rotation_error
 
 
 def best_constant_number(golds: Sequence[float]) -> float:
@@ -20,6 +21,14 @@ def best_constant_number(golds: Sequence[float]) -> float:
     return float(candidates[int(np.argmax(means))])
 
 
+def _angle_hits(degrees: float, items: Sequence[Item]) -> list[bool]:
+    """Which golds of rotations an angle meets within 15 degrees."""
+    return [
+        rotation_error(degrees, item.gold["deg"], unsigned=item.gold["unsigned"]) <= 15 + SLACK
+        for item in items
+    ]
+
+
 def _key(gold: Any) -> str:
     return repr(gold["cell"]) if isinstance(gold, dict) and "cell" in gold else repr(gold)
 
@@ -28,7 +37,7 @@ def chance_scores(items: Sequence[Item], reference: Sequence[Item] | None = None
     """Expected score of each item without a model.
 
     Choices: 1/k. Yes or no: 1/2. Numbers: the constant with the best mean relative accuracy of the question
-    type. Cells, texts and lists: the most frequent answer of the type. Boxes: 0.
+    type. Rotations: the angle that is within 15 degrees of most golds. Cells, texts and lists: the most frequent answer of the type. Boxes: 0.
 
     Args:
         items: Items to score.
@@ -42,6 +51,9 @@ def chance_scores(items: Sequence[Item], reference: Sequence[Item] | None = None
     for key, members in pool.items():
         if key[1] in ("number", "count"):
             constants[key] = best_constant_number([item.gold for item in members])
+        elif key[1] == "angle":
+            golds = sorted({item.gold["deg"] for item in members})
+            constants[key] = max(golds, key=lambda g: sum(_angle_hits(g, members)))
         else:
             constants[key] = Counter(_key(item.gold) for item in members).most_common(1)[0][0]
     scores = []
@@ -51,8 +63,10 @@ def chance_scores(items: Sequence[Item], reference: Sequence[Item] | None = None
             scores.append(1 / len(item.options))
         elif item.kind == "yesno":
             scores.append(0.5)
-        elif item.kind in ("json", "box7", "box", "angle") or constant is None:
+        elif item.kind in ("json", "box7", "box") or constant is None:
             scores.append(0.0)
+        elif item.kind == "angle":
+            scores.append(float(_angle_hits(constant, [item])[0]))
         elif item.kind in ("number", "count"):
             positive = item.gold > 0
             scores.append(

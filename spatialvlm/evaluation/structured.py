@@ -18,6 +18,8 @@ _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _GROUP = re.compile(rf"[\[(]\s*({_NUMBER}(?:\s*,\s*{_NUMBER})*)\s*[\])]")
 _ROTATION = re.compile(rf"({_NUMBER})\s*(rad)?", re.IGNORECASE)
 
+_LEFTWARDS = re.compile(r"(?:counter|anti)[\s-]*clockwise")
+
 SLACK = 1e-9
 """Added to a value before it is compared with a bin edge or threshold."""
 
@@ -63,7 +65,7 @@ def parse_rotation(text: str) -> float | None:
     if not math.isfinite(value):
         return None
     words = lower(text)
-    if "counterclockwise" in words or "anticlockwise" in words:
+    if _LEFTWARDS.search(words):
         return abs(value)
     return -abs(value) if "clockwise" in words else value
 

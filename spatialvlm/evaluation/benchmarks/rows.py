@@ -13,6 +13,7 @@ from spatialvlm.evaluation.benchmarks.structured import (
     box_gold,
     judge_box,
     judge_cell,
+    judge_rotation,
     summarise_boxes,
     summarise_cells,
 )
@@ -34,6 +35,8 @@ from spatialvlm.evaluation.schema import (
 )
 
 UNSCORED_TASKS = ("scene_caption", "location_text", "grounding_cam9")
+SIGNED_TASKS = ("is_rotation",)
+"""Tasks whose degrees have a direction, counter-clockwise from above being positive; other angles are sizes."""
 DEGREES = ("deg", "degree", "degrees", "°")
 
 
@@ -74,6 +77,8 @@ def _parse(row: Row, item_id: str) -> Item:
         )
     elif kind == "number":
         gold = number_gold(answer, item_id)
+        if _plain(row.get("unit") or "") in DEGREES:
+            kind, gold = "angle", {"deg": gold, "unsigned": task not in SIGNED_TASKS}
     elif kind == "coord":
         values = (_json(row, "evidence", item_id) or {}).get("values", {})
         gold = {"cell": list(answer), "xy": values.get("target_xy")}
@@ -106,13 +111,6 @@ def _as_items(text: str) -> list[str]:
 
 
 def _judge_number(item: Item, text: str) -> Verdict:
-    rotation = bool(item.row.get("is_rotation")) or _plain(item.row.get("unit") or "") in DEGREES
-    if rotation:
-        angle = st.parse_rotation(text)
-        if angle is None:
-            return Verdict(None, 0.0, True)
-        error = st.rotation_error(angle, item.gold, unsigned=True)
-        return Verdict(angle, float(error <= 15 + st.SLACK), False, {"error_deg": error})
     value = last_number_plain(text)
     if value is None:
         return Verdict(None, 0.0, True)
@@ -130,6 +128,8 @@ def judge(item: Item, text: str) -> Verdict:
         return Verdict(said, float(said is not None and said == item.gold), said is None)
     if item.kind == "number":
         return _judge_number(item, text)
+    if item.kind == "angle":
+        return judge_rotation(item, text)
     if item.kind == "text":
         said_text = _plain(text)
         return Verdict(said_text, float(said_text == _plain(item.gold)), not said_text)

@@ -48,6 +48,11 @@ GROUNDING = {"task": "ssr_grounding7", "evidence": '{"values": {"front_known": f
         ("number", 2.0, {}, "two", None),
         ("number", 90, {"unit": "deg"}, "100 degrees", 1),
         ("number", 90, {"unit": "deg"}, "120", 0),
+        ("number", 90, {"unit": "deg"}, "-90", 1),  # the size of a turn
+        ("number", 90, {"unit": "deg", "task": "is_rotation"}, "-90", 0),
+        ("number", -45, {"unit": "deg", "task": "is_rotation"}, "45 degrees clockwise", 1),
+        ("number", 45, {"unit": "deg", "task": "is_rotation"}, "50° counter-clockwise", 1),
+        ("number", 45, {"unit": "deg", "task": "is_rotation"}, "50° anti clockwise", 1),
         ("text", "red", {}, " Red. ", 1),
         ("text", "red", {}, "", None),
         ("list", ["bed", "lamp"], {}, "Bed, lamp.", 1),
@@ -86,6 +91,20 @@ def test_rows_without_a_score_are_counted(fields, tmp_path):
     bench = load_benchmark("spatialvlm_rows", path)
     result = score(bench, {("ok", ""): Prediction("ok", "red")})
     assert (bench.unscored, result.n, result.extra["unscored_rows"]) == (1, 1, 1)
+
+
+def test_chance_of_angles_is_the_best_constant(tmp_path):
+    """Judged as the answers are: within 15 degrees, with the direction where the task has one."""
+    path = tmp_path / "rows.jsonl"
+    angles = [30, 40, -30, 150]
+    rows = [row("number", a, id=str(a), unit="deg", task="is_rotation") for a in angles]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = score(
+        load_benchmark("spatialvlm_rows", path),
+        {(str(a), ""): Prediction(str(a), "35") for a in angles},
+    )
+    assert found.headline["value"] == 50
+    assert found.chance["per_type"] == {"is_rotation": 50.0}
 
 
 def test_cognitive_maps_report_cell_errors(tmp_path):
