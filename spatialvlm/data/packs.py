@@ -155,7 +155,8 @@ class PackBuilder:
                 faults.append(
                     Fault(
                         sample=index.sample(draw.row, draw.epoch),
-                        error=error,
+                        # Its traceback holds this list, and with it every picture of the pack, until a collection.
+                        error=error.with_traceback(None),
                         file=index.source.files[int(index.column("file")[draw.row])],
                         row=int(index.column("row")[draw.row]),
                         replaced_by=taken[at].uid if taken else None,

@@ -84,6 +84,19 @@ def test_a_broken_unit_is_replaced_by_the_next_one(broken, folder, toy_config, t
         assert step.denominator_local == step.label_tokens
 
 
+def test_a_fault_keeps_no_pictures_alive(broken, folder, toy_config, tmp_path, monkeypatch):
+    """An error's traceback leads to the pack's arrays; a worker must not hold them until the next collection."""
+    seen = []
+    monkeypatch.setattr(
+        "spatialvlm.data.faults.Quarantine.add",
+        lambda self, sample, error, **_: seen.append(error.__traceback__),
+    )
+    root = broken("s0/v0_0.5.png")
+    list(run(toy_config(sources=sources(root), data=TOLERANT), folder, tmp_path))
+    assert len(seen) > 1
+    assert set(seen) == {None}
+
+
 def test_workers_and_ranks_make_the_same_choices(broken, folder, toy_config, tmp_path):
     root = broken("s0/v0_0.5.png", "s4/v1_1.5.png", "g.png")
     config = {"sources": sources(root), "data": TOLERANT}
