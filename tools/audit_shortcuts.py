@@ -35,7 +35,11 @@ import numpy as np
 
 from spatialvlm.errors import ConfigError, SpatialVLMError, run_command
 from spatialvlm.evaluation import charts
-from spatialvlm.evaluation.benchmarks.circular import circular_variants, mmsi_variants
+from spatialvlm.evaluation.benchmarks.circular import (
+    circular_variants,
+    mmsi_variants,
+    variant_rows,
+)
 from spatialvlm.evaluation.metrics import estimate
 from spatialvlm.evaluation.predictions import read_predictions
 from spatialvlm.evaluation.registry import load_benchmark
@@ -173,6 +177,12 @@ def read_arms(
     if args.vision is None or args.blind is None:
         return None
     arms = [one_run(folder, bench.spec.name) for folder in (args.vision, args.blind)]
+    for run, folder, is_blind in ((arms[0], args.vision, False), (arms[1], args.blind, True)):
+        if "media" in run.manifest and run.blind != is_blind:
+            raise ConfigError(
+                f"--{'blind' if is_blind else 'vision'} {folder} was asked with media={run.manifest['media']}; "
+                "the blind arm needs evaluation.media=drop, blank or shuffle, the other one real"
+            )
     for key in ("protocol", "decoding"):
         if len({json.dumps(run.manifest.get(key)) for run in arms}) > 1:
             raise ConfigError(
@@ -193,6 +203,8 @@ def blind(bench: Benchmark, args: argparse.Namespace) -> None:
     if args.ids:
         listed = set(args.ids.read_text().split())
         subsets["kept"] = [i for i in subsets["all"] if i in listed]
+        if not subsets["kept"]:
+            raise ConfigError(f"none of the {len(listed)} ids of {args.ids} is in {bench.path}")
     result: dict[str, Any] = {"benchmark": bench.spec.name, "mode": "blind"}
     body = ""
     for name, ids in subsets.items():
@@ -233,26 +245,10 @@ def circular(bench: Benchmark, args: argparse.Namespace) -> None:
         return
     if args.pred is None:
         found = circular_variants(bench.items)
-        groups: dict[str, int] = {}
-        with (args.out / "variants.jsonl").open("w", encoding="utf-8") as file:
-            for item in found.items:
-                group = groups.setdefault(item.id, len(groups))
-                shift = int(item.variant.removeprefix("rot"))
-                kept = {
-                    k: v
-                    for k, v in item.row.items()
-                    if k in ("question", "images", "image", "image_path", "hint")
-                }
-                row = {
-                    **kept,
-                    **item.options,
-                    "index": group + shift * 1_000_000,
-                    "g_index": group,
-                    "source_id": item.id,
-                    "answer": item.gold,
-                    "category": item.question_type,
-                }
-                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        rows = variant_rows(found, bench.spec, args.out)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (args.out / "variants.jsonl").write_text(text, encoding="utf-8")
+        groups = {row["g_index"] for row in rows}
         result = {
             "variants": len(found.items),
             "groups": len(groups),
@@ -260,6 +256,9 @@ def circular(bench: Benchmark, args: argparse.Namespace) -> None:
             "numerically_ordered": found.ordered,
         }
         print(f"{len(found.items)} variants of {len(groups)} items, {len(found.skipped)} skipped")
+        named = [m for row in rows for m in row["media"] if not m["path"].startswith("media/")]
+        if named:
+            print(f"their media lie in evaluation.media_root.circular_mcq={bench.media_root}")
         lines = "".join(
             f"<li>{html.escape(i)}: {html.escape(why)}</li>" for i, why in found.skipped.items()
         )

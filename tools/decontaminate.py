@@ -26,6 +26,7 @@ from spatialvlm.evaluation.contamination import (
     benchmark_keys,
     check_record,
     iter_files,
+    media_paths,
     record_id,
     rescans,
     stream_records,
@@ -79,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
     counts: Counter = Counter()
     sources: Counter = Counter()
     records = with_hits = 0
+    missing: set[str] = set()
+    copies: Counter = Counter()
     removed = (out / "removed.jsonl").open("w", encoding="utf-8") if args.drop else None
     for path in iter_files(args.train):
         clean = None
@@ -87,10 +90,14 @@ def run(args: argparse.Namespace) -> int:
                 raise DataError(
                     f"--drop writes JSON lines and cannot copy {path}; convert it first"
                 )
-            clean = (out / f"{path.stem}.clean.jsonl").open("w", encoding="utf-8")
+            copies[path.stem] += 1  # files of several folders may have one name
+            again = f"-{copies[path.stem]}" if copies[path.stem] > 1 else ""
+            clean = (out / f"{path.stem}{again}.clean.jsonl").open("w", encoding="utf-8")
         for number, row in stream_records(path):
             records += 1
             verdict = check_record(row, benchmarks, root=args.train_root, media=args.media)
+            if args.media:
+                missing |= {p for p in media_paths(row) if not (args.train_root / p).is_file()}
             own = [m for m in verdict.matches if m.hit]
             place = [str(path), number, record_id(row, number)]
             hits += [[*place, m.benchmark, m.level, m.key] for m in own]
@@ -136,6 +143,10 @@ def run(args: argparse.Namespace) -> int:
         "text_matches": len(text),
         "benchmarks": {b.name: len(b.blacklist.scenes) for b in benchmarks},
         "media_compared": args.media,
+        "media_missing": {
+            "train": len(missing),
+            **{b.name: len(b.missing) for b in benchmarks},
+        },
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     write_page(out / "report.html", summary, hits)
@@ -143,6 +154,16 @@ def run(args: argparse.Namespace) -> int:
         f"{records} records: {with_hits} with hits, {len(unknown)} of unknown source, {len(text)} repeated questions; "
         f"wrote {out}"
     )
+    if args.media:
+        absent = [("--train-root", args.train_root, missing)]
+        absent += [("--bench-root", args.bench_root, b.missing) for b in benchmarks]
+        for option, root, paths in absent:
+            if paths:
+                print(
+                    f"warning: {len(paths)} media files were not compared, they are not under {option} {root}, "
+                    f"e.g. {min(paths)}",
+                    file=sys.stderr,
+                )
     if with_hits and args.fail_on_hit:
         return 2
     return 3 if unknown and args.fail_on_unknown else 0

@@ -151,6 +151,8 @@ class BenchmarkKeys:
     """SHA-256 -> file."""
     hashes: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
     hash_owner: list[str] = field(default_factory=list)
+    missing: set[str] = field(default_factory=set)
+    """Media files that the rows name and the root does not hold."""
 
 
 def benchmark_keys(
@@ -196,9 +198,12 @@ def benchmark_keys(
             keys.grams |= ngrams(question)
         if media and root is not None:
             for path in paths:
-                if path in seen or not (root / path).is_file():
+                if path in seen:
                     continue
                 seen.add(path)
+                if not (root / path).is_file():
+                    keys.missing.add(path)
+                    continue
                 keys.shas[file_sha(root / path)] = path
                 found_hashes = picture_hashes(root / path)
                 hashes += found_hashes

@@ -1,22 +1,26 @@
 """Groups of one question: 3DSRBench (flips and rotations), circular multiple choice, and making variants."""
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from spatialvlm.errors import DataError
 from spatialvlm.evaluation.benchmarks.multiview import images, inline_options
 from spatialvlm.evaluation.extract import dsr3, vlmk_infer
 from spatialvlm.evaluation.metrics import Estimate, correct_rate, group_scores, grouped_estimate
-from spatialvlm.evaluation.prompts import generic
+from spatialvlm.evaluation.prompts import generic, item_media
 from spatialvlm.evaluation.protocols import BOTH_FAIL, by_protocol, choice_judge
 from spatialvlm.evaluation.schema import (
     BenchmarkSpec,
     Item,
+    Media,
     Row,
     Scored,
     Summary,
+    as_list,
     bare_letter,
     choice_gold,
     letter_columns,
@@ -206,6 +210,16 @@ def _consistency(scored: Sequence[Scored]) -> dict[str, Any]:
     }
 
 
+def _media(row: Row) -> tuple[Media, ...]:
+    """Pictures as in other files, or the ``media`` of emitted variants."""
+    if not present(row.get("media")):
+        return images(row)
+    return tuple(
+        Media(m["kind"], m["path"], tuple(m["frames"]), tuple(m["times_s"]))
+        for m in as_list(row["media"])
+    )
+
+
 CIRCULAR = BenchmarkSpec(
     name="circular_mcq",
     title="Circular multiple choice",
@@ -217,7 +231,7 @@ CIRCULAR = BenchmarkSpec(
     prompt=lambda item, _: generic(
         str(item.row["question"]), item.options, str(item.row.get("hint") or "")
     ),
-    media=images,
+    media=_media,
     max_new_tokens=4096,
     notes={"official": (BOTH_FAIL,), "easi": (BOTH_FAIL,)},
     select=_checked_groups,
@@ -255,7 +269,10 @@ def circular_variants(items: Sequence[Item]) -> Variants:
     skipped: dict[str, str] = {}
     ordered: list[str] = []
     for item in items:
-        if item.kind != "choice" or not all(text.strip() for text in item.options.values()):
+        if item.kind != "choice":
+            continue
+        if not all(text.strip() for text in item.options.values()):
+            skipped[item.id] = "the row states no texts of its options"
             continue
         texts = list(item.options.values())
         if any(_REFERS.search(text) for text in texts):
@@ -276,6 +293,62 @@ def circular_variants(items: Sequence[Item]) -> Variants:
                 replace(item, options=options, gold=gold, variant=f"rot{shift}", group=item.id)
             )
     return Variants(made, skipped, ordered)
+
+
+def variant_rows(found: Variants, spec: BenchmarkSpec, folder: Path) -> list[dict[str, Any]]:
+    """Rows of a ``circular_mcq`` file.
+
+    The options stand in their columns only: a list inside the question would contradict them. Media are named as in
+    the benchmark's file; pictures that lie in its cells are written into ``media`` of ``folder``.
+
+    Args:
+        found: From :func:`circular_variants`.
+        spec: Benchmark of the items.
+        folder: Where the file will be, the root of pictures from cells.
+
+    Raises:
+        DataError: The benchmark's file lacks the question or its media.
+    """
+    groups: dict[str, int] = {}
+    shown: dict[str, list[dict[str, Any]]] = {}
+    original = {item.id: item.options for item in found.items if item.variant == "rot0"}
+    rows = []
+    for item in found.items:
+        group = groups.setdefault(item.id, len(groups))
+        if item.id not in shown:
+            shown[item.id] = [_medium(m, folder) for m in item_media(item.row, spec)]
+        if not present(item.row.get("question")):
+            raise DataError(
+                f"item {item.id} of {spec.name} has no question; its answers can be scored, but no variants be asked"
+            )
+        question = str(item.row["question"])
+        stem, listed = inline_options(question.replace("Choices:", "Options:"))
+        row = {
+            "question": stem if listed == original[item.id] else question,
+            "media": shown[item.id],
+            **item.options,
+            "index": group + int(item.variant.removeprefix("rot")) * STEP,
+            "g_index": group,
+            "source_id": item.id,
+            "answer": item.gold,
+            "category": item.question_type,
+        }
+        rows.append(row | ({"hint": item.row["hint"]} if present(item.row.get("hint")) else {}))
+    return rows
+
+
+def _medium(medium: Media, folder: Path) -> dict[str, Any]:
+    path = medium.path
+    if medium.data is not None:
+        path = f"media/{hashlib.sha256(medium.data).hexdigest()[:24]}"
+        (folder / "media").mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(medium.data)
+    return {
+        "kind": medium.kind,
+        "path": path,
+        "frames": list(medium.frames),
+        "times_s": list(medium.times_s),
+    }
 
 
 def mmsi_variants(row: Row) -> list[dict[str, Any]]:

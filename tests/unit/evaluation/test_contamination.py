@@ -156,6 +156,30 @@ def test_command_line(tool, planted, tmp_path, capsys):
     assert header == "train_file,line,id,benchmark,level,key"
 
 
+def test_media_that_were_not_compared_are_counted(tool, planted, tmp_path, capsys):
+    """With a wrong root every comparison is skipped; that must not look like a clean result."""
+    folder, path, bench = planted
+    out = tmp_path / "out"
+    base = ["--train", str(path), "--bench", f"mine={bench}", "--out", str(out), "--media"]
+    assert tool([*base, "--train-root", str(tmp_path), "--bench-root", str(folder / "bench")]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["media_missing"] == {"train": 8, "mine": 1}
+    message = capsys.readouterr().err
+    assert f"8 media files were not compared, they are not under --train-root {tmp_path}" in message
+    assert "e.g. imgs/q2.png" in message
+
+
+def test_clean_copies_of_one_name_do_not_replace_each_other(tool, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "train.jsonl", [{"id": name, "source": "web"}])
+    files = [str(tmp_path / name / "train.jsonl") for name in ("a", "b")]
+    out = tmp_path / "out"
+    assert tool(["--train", *files, "--bench", "vsi", "--out", str(out), "--drop"]) == 0
+    kept = [json.loads(p.read_text())["id"] for p in sorted(out.glob("*.clean.jsonl"))]
+    assert sorted(kept) == ["a", "b"]
+
+
 def test_exit_codes_without_hits(tool, tmp_path):
     path = write(tmp_path / "t.jsonl", [{"id": "u", "image": "x.png"}])
     base = ["--train", str(path), "--bench", "vsi", "--out", str(tmp_path / "out")]

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from spatialvlm.errors import ConfigError
+from spatialvlm.evaluation.__main__ import main as score_main
+from spatialvlm.evaluation.prompts import build_messages
+from spatialvlm.evaluation.registry import load_benchmark
 from spatialvlm.evaluation.schema import Item
 from spatialvlm.evaluation.shortcuts import (
     Diagnosis,
@@ -210,6 +213,30 @@ def test_command_line(tool, tmp_path, capsys):
     assert "needs --vision and --blind" in capsys.readouterr().err
 
 
+def test_a_blind_arm_must_be_blind(tool, tmp_path, capsys):
+    """Two runs with media, or arms in the wrong order, would pass as a gap."""
+    items = choice_items(8)
+    data = write_vsi(tmp_path / "vsi.jsonl", items)
+    for name, media, text in (("seen", "real", "A"), ("unseen", "drop", "B")):
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = [{"id": item.id, "prediction": text} for item in items]
+        (folder / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "manifest.json").write_text(json.dumps({"media": media}))
+        arguments = ["--bench", "vsi_bench", "--data", data, "--pred", str(folder / "p.jsonl")]
+        assert score_main(["score", *arguments, "--out", str(folder / "scores")]) == 0
+    seen, unseen = (str(tmp_path / name / "scores") for name in ("seen", "unseen"))
+    base = ["--bench", "vsi_bench", "--data", data, "--mode", "blind", "--out", str(tmp_path / "b")]
+    assert tool([*base, "--vision", seen, "--blind", unseen]) == 0
+    assert tool([*base, "--vision", seen, "--blind", seen]) == 1
+    assert f"--blind {seen} was asked with media=real" in capsys.readouterr().err
+    assert tool([*base, "--vision", unseen, "--blind", seen]) == 1
+    (tmp_path / "ids").write_text("other")
+    ids = ["--ids", str(tmp_path / "ids")]
+    assert tool([*base, "--vision", seen, "--blind", unseen, *ids]) == 1
+    assert "none of the 1 ids" in capsys.readouterr().err
+
+
 def test_pruning_by_what_training_adds(tool, tmp_path, monkeypatch, capsys):
     """A trained model ranks by its gain: what it knew before training stays, and the control costs no training."""
     from spatialvlm.evaluation import stress_test
@@ -275,6 +302,47 @@ def test_circular_variants_show_position_bias(tool, tmp_path, capsys):
     assert result["soft_rows"] == 25
     assert result["letter_share"] == {"A": 100.0}
     assert result["consistency"] == 0
+
+
+def prompts_of(folder):
+    """Messages of all variants in a folder."""
+    bench = load_benchmark("circular_mcq", folder / "variants.jsonl")
+    return [build_messages(i, bench.spec, root=bench.media_root)[0]["content"] for i in bench.items]
+
+
+def test_variants_keep_their_video(tool, tmp_path):
+    data = write_vsi(tmp_path / "vsi.jsonl", choice_items(4))
+    out = tmp_path / "c"
+    assert (
+        tool(["--bench", "vsi_bench", "--data", data, "--mode", "circular", "--out", str(out)]) == 0
+    )
+    for content in prompts_of(out):
+        assert [part["type"] for part in content] == ["video", "text"]
+        assert content[0]["video"].endswith(".mp4")
+
+
+def test_variants_hold_one_list_of_options_and_pictures_from_cells(tool, tmp_path):
+    """The list inside MMSI's questions would contradict the rotated one; its pictures lie in parquet cells."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {"id": 3, "question": "Q? Options: A: x, B: y", "answer": "B", "question_type": "Attribute",
+         "images": [{"bytes": b"one", "path": None}, {"bytes": b"two", "path": None}]},
+        {"id": 4, "question": "Without options", "answer": "B", "question_type": "Attribute",
+         "images": [{"bytes": b"one", "path": None}]},
+    ]  # fmt: skip
+    data, out = tmp_path / "mmsi.parquet", tmp_path / "c"
+    pq.write_table(pa.Table.from_pylist(rows), data)
+    arguments = ["--bench", "mmsi", "--data", str(data), "--mode", "circular"]
+    assert tool([*arguments, "--out", str(out)]) == 0
+    first, second = prompts_of(out)
+    assert [Path(part["image"]).read_bytes() for part in first[:-1]] == [b"one", b"two"]
+    assert "Question: Q?\nOptions:\nA. x\nB. y\n" in first[-1]["text"]
+    assert "Question: Q?\nOptions:\nA. y\nB. x\n" in second[-1]["text"]
+    assert first[-1]["text"].count("Options:") == 1
+    skipped = json.loads((out / "summary.json").read_text())["skipped"]
+    assert skipped == {"4": "the row states no texts of its options"}
 
 
 def test_variants_in_the_form_of_mmsi(tool, tmp_path):
