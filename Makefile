@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 export DS_ACCELERATOR ?= cpu
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help env demo test smoke parity faults checks format clean-demo
+.PHONY: help env demo test smoke parity faults checks audit format clean-demo
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -43,6 +43,11 @@ checks: env ## Lint, types, import layers, spelling
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 	$(BIN)/interrogate -q spatialvlm
+
+audit: ## Known vulnerabilities of the pinned packages; needs a network, says so without one
+	@test -x .cache/audit/bin/pip-audit || { $(PYTHON) -m venv .cache/audit && .cache/audit/bin/pip install -q pip-audit; }
+	@.cache/audit/bin/pip-audit --no-deps --disable-pip -r constraints.txt \
+	  || echo "audit: vulnerabilities above, or no advisory service could be reached"
 
 format: env ## Format and fix what can be fixed
 	$(BIN)/ruff check --fix .
