@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from PIL import Image
 
 from spatialvlm.errors import MarkError, run_command
-from spatialvlm.scenes.blacklist import Blacklist
+from spatialvlm.scenes.blacklist import blocked_scenes
 from spatialvlm.synthesis.audit import audit, iter_rows, page, prune
 from spatialvlm.synthesis.balance import balance
 from spatialvlm.synthesis.marks import draw_marks, mark_from_dict
@@ -79,8 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             samples.setdefault(row["task"], row)
             yield row
 
-    blacklist = Blacklist()
-    result = audit(watched(), is_blocked=lambda scene: blacklist.check(scene) is not None)
+    result = audit(watched(), blocked=blocked_scenes)
     if not result.rows:
         print(f"{folder}: no rows to audit", file=sys.stderr)
         return 2
@@ -97,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"pruned: {len(removed):,} rows removed")
         samples.clear()
         folder = arguments.prune
-        result = audit(watched(), is_blocked=lambda scene: blacklist.check(scene) is not None)
+        result = audit(watched(), blocked=blocked_scenes)
     images = {}
     if arguments.scenes:
         for row in samples.values():

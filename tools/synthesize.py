@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from tqdm import tqdm
 
 from spatialvlm.errors import ConfigError, ContaminationError, SpatialVLMError, run_command
-from spatialvlm.scenes.blacklist import Blacklist, load_list, shipped_lists
+from spatialvlm.scenes import blacklist
 from spatialvlm.synthesis.balance import balance
 from spatialvlm.synthesis.engine import SCENE_TIMEOUT_S, merge_manifest, synthesize
 from spatialvlm.synthesis.export import export_rows
@@ -151,10 +151,9 @@ def blocked_scenes(arguments: argparse.Namespace) -> list[str]:
     Raises:
         ContaminationError: There is one and ``--strict-contamination`` is set.
     """
-    lists = [*shipped_lists(), *(load_list(path) for path in arguments.blacklist)]
-    blacklist = Blacklist(lists)
+    lists = [*blacklist.shipped_lists(), *map(blacklist.load_list, arguments.blacklist)]
     refs = list_scenes(arguments.scenes)
-    found = [ref.scene_id for ref in refs if blacklist.check(ref.scene_id) is not None]
+    found = blacklist.blocked_scenes([(ref.scene_id, ref.room_id) for ref in refs], lists)
     if found and arguments.strict_contamination and not arguments.allow_contaminated:
         raise ContaminationError(
             f"{len(found)} of {len(refs)} scenes belong to evaluation sets, first {found[0]}. "

@@ -17,7 +17,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from spatialvlm.errors import SpatialVLMError, run_command
-from spatialvlm.scenes.blacklist import Blacklist
+from spatialvlm.scenes.blacklist import blocked_scenes
 from spatialvlm.synthesis.parts import list_scenes
 from spatialvlm.synthesis.verify import verify
 
@@ -45,15 +45,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     started = time.perf_counter()
     try:
-        blacklist = Blacklist([] if arguments.allow_contaminated else None)
         refs = list_scenes(arguments.scenes)
+        lists = [] if arguments.allow_contaminated else None
         report = verify(
             arguments.rows,
             arguments.scenes,
             sample=arguments.sample,
             reference=arguments.reference,
             workers=arguments.workers,
-            blocked=[ref.scene_id for ref in refs if blacklist.check(ref.scene_id) is not None],
+            blocked=blocked_scenes([(ref.scene_id, ref.room_id) for ref in refs], lists),
         )
     except SpatialVLMError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

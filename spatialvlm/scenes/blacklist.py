@@ -181,6 +181,25 @@ def find_hits(
     return [hit for value in values for hit in blacklist.hits(value)]
 
 
+def blocked_scenes(
+    scenes: Iterable[tuple[str, str]], lists: Sequence[BlockList] | None = None
+) -> list[str]:
+    """Ids of the scenes that are blocked, lie in a blocked room, or name a blocked scan (``lifted/scene0011_00``).
+
+    Args:
+        scenes: Scene id and room id as stored. The room ids also tell which scans show a blocked scene's room
+            where the scene id alone does not (visits of ARKitScenes).
+        lists: Which lists; the shipped ones when ``None``.
+    """
+    rooms = dict(scenes)
+    plain, stored = Blacklist(lists), Blacklist(lists, {s: r for s, r in rooms.items() if r})
+    return [
+        scene
+        for scene, room in rooms.items()
+        if plain.check(scene) or stored.check(scene) or plain.hits(f"{scene} {room}")
+    ]
+
+
 def require_clean(values: Iterable[str], what: str) -> None:
     """Refuse values that name evaluation scenes of the shipped lists.
 

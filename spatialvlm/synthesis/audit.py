@@ -121,30 +121,34 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return list(iter_rows(folder))
 
 
-def audit(rows: Iterable[Row], *, is_blocked: Callable[[str], bool] | None = None) -> Audit:
+def audit(
+    rows: Iterable[Row],
+    *,
+    blocked: Callable[[list[tuple[str, str]]], list[str]] | None = None,
+) -> Audit:
     """Audit rows in one pass; memory grows by eight bytes per row.
 
     Args:
         rows: Generated rows.
-        is_blocked: Whether a scene id must not occur; ``None`` allows all.
+        blocked: Which of (scene id, room id) must not occur, as scene ids; ``None`` allows all.
     """
     tallies: dict[str, _Tally] = {}
     ids = array("Q")
     sources: Counter[str] = Counter()
     licenses: Counter[str] = Counter()
-    scenes: set[str] = set()
+    scenes: set[tuple[str, str]] = set()
     for row in rows:
         ids.append(hashed(row["id"]))
         sources[row["source"]] += 1
         licenses[row["license"]] += 1
-        scenes.add(row["scene_id"])
+        scenes.add((row["scene_id"], row["room_id"]))
         tallies.setdefault(row["task"], _Tally()).add(row)
     return Audit(
         rows=len(ids),
         duplicates=len(ids) - len(np.unique(np.asarray(ids))),
         sources=dict(sources),
         licenses=dict(licenses),
-        blocked=sorted(scene for scene in scenes if is_blocked is not None and is_blocked(scene)),
+        blocked=[] if blocked is None else blocked(sorted(scenes)),
         tasks={name: tally.finish() for name, tally in sorted(tallies.items())},
     )
 

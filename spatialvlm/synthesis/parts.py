@@ -34,6 +34,7 @@ class SceneRef:
     path: str
     position: int = 0
     """Row inside a parquet file; 0 for JSON."""
+    room_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,25 +52,30 @@ class Part:
 
 
 def list_scenes(folder: Path) -> list[SceneRef]:
-    """All scenes below ``folder``, sorted by scene id; JSON scenes are not parsed completely."""
+    """All scenes below ``folder``, sorted by scene id; only their ids are looked at."""
     found = []
     for path in scene_files(folder):
         if path.suffix == ".parquet":
-            ids = pq.read_table(path, columns=["scene_id"])["scene_id"].to_pylist()
-            found += [SceneRef(scene_id, str(path), i) for i, scene_id in enumerate(ids)]
+            ids = pq.read_table(path, columns=["scene_id", "room_id"]).to_pylist()
+            found += [
+                SceneRef(row["scene_id"], str(path), i, row["room_id"]) for i, row in enumerate(ids)
+            ]
         else:
-            found.append(SceneRef(_scene_id(path), str(path)))
+            scene_id, room_id = _ids(path)
+            found.append(SceneRef(scene_id, str(path), room_id=room_id))
     return sorted(found)
 
 
-def _scene_id(path: Path) -> str:
+def _ids(path: Path) -> tuple[str, str]:
+    """Scene id and room id."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SceneSchemaError(
             f"{path}: not a JSON file: {error}. Write the scene again or remove it."
         ) from error
-    return str(values.get("scene_id", "")) if isinstance(values, dict) else ""
+    found = values if isinstance(values, dict) else {}
+    return str(found.get("scene_id", "")), str(found.get("room_id", ""))
 
 
 def read_scene(ref: SceneRef) -> Scene:

@@ -150,7 +150,7 @@ def by_size(ctx: SceneContext, obj: int, rivals: Sequence[int]) -> Ref | None:
         ("largest", volume[obj] / max(volume[o] for o in rivals)),
         ("smallest", min(volume[o] for o in rivals) / volume[obj]),
     ]
-    if all(ctx.upright[o] for o in [obj, *rivals]):
+    if ctx.scene.gravity_aligned and all(ctx.upright[o] for o in [obj, *rivals]):
         tallest = ctx.size_list[obj][2] / max(ctx.size_list[o][2] for o in rivals)
         ratios.append(("tallest", tallest))
     for word, ratio in ratios:
@@ -184,6 +184,8 @@ def by_direction(
     ctx: SceneContext, obj: int, rivals: Sequence[int], marks: Sequence[int]
 ) -> Ref | None:
     """``the chair on the left when standing at the table facing the bookshelf``."""
+    if not ctx.scene.gravity_aligned:
+        return None
     label = ctx.labels[obj]
     for observer in marks:
         for facing in marks:

@@ -77,11 +77,14 @@ def extent(ctx: SceneContext, obj: int, attribute: str) -> float:
             larger and the smaller horizontal extent).
 
     Raises:
-        Reject: ``tilted``: only ``longest`` means something for a tilted box.
+        Reject: ``tilted`` or ``needs:gravity``: only ``longest`` means something for a tilted box, or where nobody
+            knows which way is up.
     """
     size = ctx.size_list[obj]
     if attribute == "longest":
         return max(size)
+    if not ctx.scene.gravity_aligned:
+        raise Reject(Reason.NEEDS_GRAVITY)
     if not ctx.upright[obj]:
         raise Reject(Reason.TILTED, f"object {obj}")
     if attribute == "height":

@@ -89,6 +89,27 @@ def choose_frames(count: int, wanted: int | None) -> list[int]:
     return sorted(set(np.round(np.linspace(0, count - 1, limit)).astype(int).tolist()))
 
 
+OFFICIAL_LISTS = (
+    ("scannet", "val", "scannetv2_val.txt"),
+    ("scannet", "test", "scannetv2_test.txt"),
+    ("scannetpp", "val", "splits/nvs_sem_val.txt"),
+    ("scannetpp", "test", "splits/nvs_test.txt"),
+    ("scannetpp", "test", "splits/sem_test.txt"),
+)
+"""Source, split, and the file below the root that names its scans, as the datasets publish them."""
+
+
+def official_split(root: Path, scene_id: str) -> str:
+    """Split of a scan by the lists in ``root``; ``train`` where no list names it."""
+    source, _, native = scene_id.partition("/")
+    for owner, split, name in OFFICIAL_LISTS:
+        path = root / name
+        listed = owner == source and path.is_file()
+        if listed and native in path.read_text(encoding="utf-8").split():
+            return split
+    return "train"
+
+
 @lru_cache(maxsize=2)
 def reference_scans(root: Path) -> dict[str, str]:
     """3RScan: scene id of every re-scan to the room id of its reference scan (``3RScan.json`` in ``root``).

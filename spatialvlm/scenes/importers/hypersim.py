@@ -10,6 +10,7 @@ Expected: ``<ai_VVV_NNN>/_detail/metadata_scene.csv``, ``_detail/<cam>/camera_ke
 
 import csv
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,7 @@ def read_scene(root: Path, name: str, options: ImportOptions, report: ImportRepo
         source="hypersim",
         objects=objects,
         frames=frames,
+        split=_splits(root).get(native, "train"),
         license=LICENSE,
         root=media,
     )
@@ -97,6 +99,25 @@ def read_hdf5(path: Path) -> Array:
     except (OSError, KeyError) as error:
         raise ImporterError(f"{path}: not a readable Hypersim file: {error}.") from error
     return values
+
+
+@lru_cache(maxsize=2)
+def _splits(root: Path) -> dict[str, str]:
+    """Official split of every scene, where its table is there."""
+    path = root / "metadata_images_split_scene_v1.csv"
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        for column in ("scene_name", "split_partition_name"):
+            if column not in (reader.fieldnames or ()):
+                raise ImporterError(f"{path}: column {column!r} is missing.")
+        # Pictures that are not released have no split.
+        return {
+            row["scene_name"]: row["split_partition_name"]
+            for row in reader
+            if row["split_partition_name"]
+        }
 
 
 def _metres_per_unit(path: Path) -> float:

@@ -25,6 +25,7 @@ from spatialvlm.scenes.importers.common import (
     ObjectList,
     choose_frames,
     measure_visibility,
+    official_split,
     stored_size,
 )
 from spatialvlm.scenes.importers.mesh_depth import add_mesh_depth
@@ -70,6 +71,7 @@ def read_scene(root: Path, name: str, options: ImportOptions, report: ImportRepo
         source="scannet",
         objects=objects,
         frames=frames,
+        split=official_split(root, scene_id),
         license=LICENSE,
         room=room_of_points(vertices),
         mesh=f"{native}_vh_clean_2.ply",

@@ -30,6 +30,7 @@ from spatialvlm.scenes.importers.common import (
     axes_from_rows,
     choose_frames,
     measure_visibility,
+    official_split,
     stored_size,
 )
 from spatialvlm.scenes.importers.mesh_depth import add_mesh_depth
@@ -87,6 +88,7 @@ def read_scene(root: Path, name: str, options: ImportOptions, report: ImportRepo
         source="scannetpp",
         objects=objects.finish(),
         frames=frames,
+        split=official_split(root, scene_id),
         license=LICENSE,
         room=scanned_room(folder / MESH),
         mesh=MESH if (folder / MESH).is_file() else None,

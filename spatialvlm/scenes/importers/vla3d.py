@@ -9,7 +9,7 @@ world of the source.
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from spatialvlm.scenes.importers.common import (
     ObjectList,
     choose_frames,
     measure_visibility,
+    official_split,
     rebase,
     reference_scans,
 )
@@ -94,20 +95,30 @@ def read_scene(root: Path, name: str, options: ImportOptions, report: ImportRepo
         source=source,
         objects=objects.finish(),
         frames=[],
+        split=official_split(root, scene_id),
         license=f"VLA-3D-MIT+{source}",
         room=_room(folder / f"{native}_region_result.csv"),
         extra={"statements": _statements(folder / f"{native}_referential_statements.json", report)},
         root=folder,
     )
-    frames = [] if options.rgb_root is None else _borrowed(scene, options.rgb_root, options, report)
+    lenders = [] if options.rgb_root is None else _lenders(scene, options.rgb_root)
+    if any(lender.split != "train" for lender in lenders):
+        scene = replace(scene, split=next(s.split for s in lenders if s.split != "train"))
+    frames = _borrowed(scene, lenders, options, report)
     if not frames:
         report.count("no_frames")
         return scene
     return measure_visibility(replace(scene, frames=frames), report, occupancy=options.occupancy)
 
 
+def _lenders(scene: Scene, rgb_root: Path) -> list[Scene]:
+    """Imported scenes of the same scan (one per camera walk)."""
+    files = sorted((rgb_root / scene.scene_id).glob("**/scene.json"))
+    return [rebase(load_scene(path), scene.path(".")) for path in files]
+
+
 def _borrowed(
-    scene: Scene, rgb_root: Path, options: ImportOptions, report: ImportReport
+    scene: Scene, lenders: Sequence[Scene], options: ImportOptions, report: ImportReport
 ) -> list[Frame]:
     """Frames of the imported scenes of the same scan, in the world of VLA-3D's boxes.
 
@@ -116,11 +127,9 @@ def _borrowed(
     Raises:
         ImporterError: Objects of equal labels lie far apart: not the same world.
     """
-    files = sorted((rgb_root / scene.scene_id).glob("**/scene.json"))
     frames: list[Frame] = []
     gaps: list[float] = []
-    for path in files:
-        lender = rebase(load_scene(path), scene.path("."))
+    for lender in lenders:
         # ScanNet's boxes are axis-aligned like the imported scene; the others keep the source's world.
         aligned = lender.source == "scannet"
         stored = (
@@ -128,13 +137,13 @@ def _borrowed(
         )
         back = invert_rigid(stored)
         gaps += _label_gaps(scene, lender, back)
-        prefix = f"{path.parent.name}-" if len(files) > 1 else ""
+        prefix = f"{lender.scene_id.rpartition('/')[2]}-" if len(lenders) > 1 else ""
         frames += [
             replace(
                 frame,
                 frame_id=prefix + frame.frame_id,
                 world_from_cam=back @ frame.world_from_cam,
-                time_s=None if len(files) > 1 else frame.time_s,
+                time_s=None if len(lenders) > 1 else frame.time_s,
                 visible=[],
             )
             for frame in lender.frames
@@ -144,7 +153,7 @@ def _borrowed(
     if gaps and float(np.median(gaps)) > SAME_OBJECT_M:
         raise ImporterError(
             f"{scene.scene_id}: its objects lie {np.median(gaps):.2f} m (median) from those with the same "
-            f"label in {rgb_root / scene.scene_id}; the frames there belong to another world."
+            f"label in the scene that lends its frames (--rgb-root); the frames there belong to another world."
         )
     return [frames[index] for index in choose_frames(len(frames), options.num_frames)]
 

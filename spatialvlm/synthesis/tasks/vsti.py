@@ -281,6 +281,7 @@ class CamDir(FrameTask):
     capability = "PT"
     group = "persp"
     dimension = "persp"
+    needs = frozenset({"gravity"})
     forms = ("MCQ",)
 
     def propose(self, ctx: SceneContext, rng: Generator) -> Iterator[Args]:

@@ -7,6 +7,7 @@ import pytest
 from spatialvlm.errors import ContaminationError, SceneError
 from spatialvlm.scenes.blacklist import (
     BlockList,
+    blocked_scenes,
     find_hits,
     find_ids,
     load_list,
@@ -98,3 +99,21 @@ def test_edited_list_is_refused(tmp_path):
     path.write_text("scene0001_00\n")
     with pytest.raises(SceneError, match=r"mine\.txt:1"):
         load_list(path)
+
+
+def test_a_scene_is_blocked_by_its_id_its_room_or_the_scan_it_names():
+    lists = [BlockList("mine", frozenset({"scannet/scene0251_00", "arkitscenes/41069025"}))]
+    scenes = [
+        ("scannet/scene0251_01", "scannet/scene0251"),
+        ("scannet/scene0251_02", "scannet/scene0251_02"),  # a room id of somebody's own
+        ("scannet/scene0252_00", "scannet/scene0252"),
+        ("arkitscenes/41069025", "arkitscenes/421015"),
+        ("arkitscenes/41069026", "arkitscenes/421015"),
+        ("arkitscenes/41069027", "arkitscenes/421016"),
+        ("lifted/scene0251_00", "lifted/scene0251_00"),
+        ("lifted/kitchen", "scannet/scene0251_00"),
+        ("rooms/train-0000001", "rooms/train-0000001"),
+    ]
+    free = {"scannet/scene0252_00", "arkitscenes/41069027", "rooms/train-0000001"}
+    assert set(blocked_scenes(scenes, lists)) == {scene for scene, _ in scenes} - free
+    assert blocked_scenes(scenes, []) == []

@@ -205,3 +205,24 @@ def test_hypersim(tmp_path):
     next(folder.glob("images/*final*/*.hdf5")).write_bytes(b"broken")
     with pytest.raises(ImporterError, match=r"color\.hdf5"):
         list(hypersim.iter_scenes(tmp_path / "raw", options, ImportReport()))
+
+
+def test_official_splits_come_from_the_lists_of_the_datasets(tmp_path):
+    options = ImportOptions(media=tmp_path / "m")
+    cases = (
+        (scannet, write_scannet, "scannetv2_val.txt", "scene9000_00\nscene9000_01\n", "val"),
+        (scannet, write_scannet, "scannetv2_val.txt", "scene9000_00\n", "train"),
+        (scannetpp, write_scannetpp_dslr, "splits/nvs_sem_val.txt", "0a1b2c3d4e\n", "val"),
+        (scannetpp, write_scannetpp_dslr, "splits/sem_test.txt", "0a1b2c3d4e\n", "test"),
+        (
+            hypersim, write_hypersim, "metadata_images_split_scene_v1.csv",
+            "scene_name,split_partition_name\nai_900_001,test\nai_900_001,\n", "test",
+        ),
+    )  # fmt: skip
+    for number, (importer, write, name, text, split) in enumerate(cases):
+        root = tmp_path / str(number)
+        write(root)
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(text)
+        (scene,) = importer.iter_scenes(root, options, ImportReport())
+        assert scene.split == split, name

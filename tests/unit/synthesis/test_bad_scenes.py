@@ -13,6 +13,7 @@ from spatialvlm.synthesis.context import SceneContext
 from spatialvlm.synthesis.engine import Job, scene_rows
 from spatialvlm.synthesis.parts import SceneRef
 from spatialvlm.synthesis.plan import make_plan
+from spatialvlm.synthesis.referral import by_direction, by_size
 from spatialvlm.synthesis.rows import Reason, Reject
 from spatialvlm.synthesis.tasks import TASKS
 
@@ -166,3 +167,24 @@ def test_lengths_need_a_metric_scene(hand_room):
     args = {"variant": "distance", "frames": ["F0", "F2"], "objects": []}
     with pytest.raises(Reject, match="needs:metric"):
         TASKS["cam_motion"].derive(ctx, args)
+
+
+def test_heights_and_sides_need_a_world_that_knows_up(hand_room, ask):
+    tilted = SceneContext(replace(hand_room, gravity_aligned=False))
+    for task, variant in (
+        ("size_abs", "height"),
+        ("size_abs", "short_side"),
+        ("size_rel", "taller"),
+    ):
+        objects = ["bookshelf", "lamp"][: 1 if task == "size_abs" else 2]
+        assert ask(task, variant, objects, ctx=tilted) == "needs:gravity"
+        assert ask(task, variant, objects) != "needs:gravity"
+    assert ask("size_rel", "bigger", ["bookshelf", "lamp"], ctx=tilted) == 4
+    assert TASKS["vsti_cam_dir"].unmet_need(tilted) == Reason.NEEDS_GRAVITY
+    level = SceneContext(hand_room)
+    assert (
+        by_direction(level, 0, [2], [1, 3, 4]) is not None
+    )  # on the right of somebody at the table
+    assert by_direction(tilted, 0, [2], [1, 3, 4]) is None
+    assert by_size(level, 5, [6]).phrase == "the tallest lamp"
+    assert by_size(tilted, 5, [6]) is None
