@@ -80,19 +80,18 @@ def _score(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from spatialvlm.evaluation.runs import paired_macro, read_runs
+    from spatialvlm.evaluation.runs import paired_runs, read_runs
 
     for name, runs in read_runs(args.folders).items():
         if len(runs) != 2:
             print(f"{name}: in one folder only")
             continue
-        pair = paired_macro(runs[0], runs[1])
-        if pair is None:
-            print(f"{name}: no common items")
-        else:
-            ci = f"[{pair.ci95[0]:.2f}, {pair.ci95[1]:.2f}]" if pair.ci95 else "no interval"
-            p = "–" if pair.p is None else f"{pair.p:.2g}"
-            print(f"{name}: {pair.difference:+.2f} points, 95 % CI {ci}, p {p}, n {pair.n}")
+        pair = paired_runs(runs[0], runs[1], allow_partial=args.allow_partial)
+        ci = f"[{pair.ci95[0]:.2f}, {pair.ci95[1]:.2f}]" if pair.ci95 else "no interval"
+        p = "–" if pair.p is None else f"{pair.p:.2g}"
+        print(
+            f"{name}: {pair.difference:+.2f} points ({pair.name}), 95 % CI {ci}, p {p}, n {pair.n}"
+        )
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -174,6 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     two = commands.add_parser("compare", help="paired difference of two result folders")
     two.add_argument("folders", nargs=2)
+    two.add_argument("--allow-partial", action="store_true", help="compare the common items only")
     two.set_defaults(run=_compare)
 
     three = commands.add_parser("report", help="one HTML page for one or several runs")

@@ -9,10 +9,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from spatialvlm.errors import DataError
 from spatialvlm.evaluation import charts
 from spatialvlm.evaluation.charts import GREY, Bar, Gallery, number
 from spatialvlm.evaluation.metrics import composite
-from spatialvlm.evaluation.runs import BenchRun, paired_macro
+from spatialvlm.evaluation.runs import BenchRun, paired_runs
 
 esc = html.escape
 
@@ -142,12 +143,16 @@ def _p(p: float | None) -> str:
 
 def difference_table(runs: Sequence[BenchRun]) -> str:
     """Paired differences between all pairs of runs on common items."""
-    lines = []
+    lines, name = [], ""
     for i, a in enumerate(runs):
         for b in runs[i + 1 :]:
-            pair = paired_macro(b, a)
-            if pair is None:
+            try:
+                pair = paired_runs(b, a, allow_partial=True)
+            except DataError as error:
+                told = esc(f"{b.label} − {a.label}: {error}")
+                lines.append(f"<tr><td class='wide' colspan='5'>{told}</td></tr>")
                 continue
+            name = pair.name
             ci = f"[{number(pair.ci95[0])}, {number(pair.ci95[1])}]" if pair.ci95 else "–"
             lines.append(
                 f"<tr><td>{esc(b.label)} − {esc(a.label)}</td><td>{pair.difference:+.1f}</td><td>{ci}</td>"
@@ -155,9 +160,7 @@ def difference_table(runs: Sequence[BenchRun]) -> str:
             )
     if not lines:
         return ""
-    head = (
-        "<tr><th>macro over tasks</th><th>difference</th><th>95 % CI</th><th>p</th><th>n</th></tr>"
-    )
+    head = f"<tr><th>{esc(name)}</th><th>difference</th><th>95 % CI</th><th>p</th><th>n</th></tr>"
     return f'<h2>Paired differences</h2><div class="scroll"><table>{head}{"".join(lines)}</table></div>'
 
 

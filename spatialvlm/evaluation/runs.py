@@ -9,9 +9,10 @@ from typing import Any
 
 from spatialvlm.errors import DataError
 from spatialvlm.evaluation.charts import PALETTE
-from spatialvlm.evaluation.metrics import Estimate, estimate, p_value
 from spatialvlm.evaluation.reading import read_jsonl
-from spatialvlm.evaluation.scoring import PairedResult
+from spatialvlm.evaluation.registry import find_spec
+from spatialvlm.evaluation.schema import Item, Scored, Verdict
+from spatialvlm.evaluation.scoring import PairedResult, check_same_questions, paired
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class ItemRow:
     score: float
     unparsed: bool
     finish: str
+    group: str
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class BenchRun:
                     float(row["score"]),
                     row["unparsed"] == "1",
                     row["finish"],
+                    row["group"],
                 )
                 for row in csv.DictReader(file)
             ]
@@ -127,18 +130,22 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     return [steps[step] for step in sorted(steps)]
 
 
-def paired_macro(a: BenchRun, b: BenchRun) -> PairedResult | None:
-    """Difference a - b of the macro mean over question types on common items, clustered by scene."""
-    left = {(i.id, i.variant): i for i in a.items()}
-    right = {(i.id, i.variant): i for i in b.items()}
-    common = [key for key in left if key in right]
-    if not common:
-        return None
-    found: Estimate = estimate(
-        [left[key].score - right[key].score for key in common],
-        [left[key].cluster for key in common],
-        [(left[key].question_type,) for key in common],
-    )
-    return PairedResult(
-        found.value, found.se, found.ci95, p_value(found.value, found.se), found.n, found.clusters
-    )
+def paired_runs(a: BenchRun, b: BenchRun, *, allow_partial: bool = False) -> PairedResult:
+    """Difference a - b of the headline on common items, clustered by scene.
+
+    Raises:
+        DataError: Different items without ``allow_partial``, other rows under the same numbers, nothing in common.
+    """
+    spec = find_spec(a.result["benchmark"])
+    hashes = a.result["data_sha256"], b.result["data_sha256"]
+    check_same_questions(spec, b.result["benchmark"], *hashes)
+    left, right = ([_scored(row) for row in run.items()] for run in (a, b))
+    return paired(spec, a.result["protocol"], left, right, allow_partial=allow_partial)
+
+
+def _scored(row: ItemRow) -> Scored:
+    item = Item(
+        row.id, "", row.gold, row.question_type, row.cluster,
+        category=row.category, group=row.group, variant=row.variant,
+    )  # fmt: skip
+    return Scored(item, Verdict(row.extracted, row.score, row.unparsed))

@@ -135,6 +135,8 @@ class BenchmarkSpec:
     """Pictures of a row show one scene (they form one group for the geometry encoder)."""
     verbatim: bool = False
     """White space around media markers is part of the prompt (our own rows are trained that way)."""
+    mean_of_items: bool = True
+    """The headline is a weighted mean of item scores, so the same rule on differences is the difference of headlines."""
     lower_is_better: bool = False
     """The headline is an error, not a percentage."""
     settings: Mapping[str, Any] = field(default_factory=dict)

@@ -13,8 +13,9 @@ from typing import Any
 from spatialvlm.errors import ConfigError, DataError
 from spatialvlm.evaluation.chance import chance_scores
 from spatialvlm.evaluation.extract import strip_think as drop_thinking
-from spatialvlm.evaluation.metrics import estimate, half_width_percent, p_value
+from spatialvlm.evaluation.metrics import estimate, group_scores, half_width_percent, p_value
 from spatialvlm.evaluation.predictions import Key, Prediction, join
+from spatialvlm.evaluation.registry import find_spec
 from spatialvlm.evaluation.schema import (
     PROTOCOLS,
     Benchmark,
@@ -305,6 +306,8 @@ def _check_manifest(
 class PairedResult:
     """Mean difference a - b over common items, in points."""
 
+    name: str
+    """What is compared: the headline, or the mean of items or groups where the headline is no mean of item scores."""
     difference: float
     se: float | None
     ci95: tuple[float, float] | None
@@ -313,25 +316,85 @@ class PairedResult:
     clusters: int
 
 
-def compare(a: Result, b: Result, *, allow_partial: bool = False) -> PairedResult:
-    """Paired difference of two results on the same items, micro-averaged, clustered.
+def paired(
+    spec: BenchmarkSpec,
+    protocol: str,
+    a: Sequence[Scored],
+    b: Sequence[Scored],
+    *,
+    allow_partial: bool = False,
+) -> PairedResult:
+    """Paired difference of two sets of scored items, by the rule of the headline, clustered.
+
+    Where the headline is not a mean of item scores, items count alike; a group counts once, as its worst row.
 
     Raises:
         DataError: Different items without ``allow_partial``, or nothing in common.
     """
-    left = {s.item.key: s for s in a.scored}
-    right = {s.item.key: s for s in b.scored}
+    left, right = ({s.item.key: s for s in part} for part in (a, b))
     common = [key for key in left if key in right]
     if not common or (not allow_partial and len(common) < max(len(left), len(right))):
         raise DataError(
             f"{len(common)} common items of {len(left)} and {len(right)}; compare runs on the same items "
             "or pass --allow-partial"
         )
-    difference = [left[key].verdict.score - right[key].verdict.score for key in common]
-    found = estimate(difference, [left[key].item.cluster for key in common])
+    if spec.mean_of_items:
+        differences = [
+            Scored(left[key].item, Verdict(None, _score(left[key]) - _score(right[key]), True))
+            for key in common
+        ]
+        summary = spec.summarise(differences, protocol)
+        name, found = summary.name, summary.headline
+    else:
+        items = [left[key].item for key in common]
+        units = [item.group or f"{item.id}|{item.variant}" for item in items]
+        worst = [
+            group_scores([_score(side[key]) for key in common], units)[1] for side in (left, right)
+        ]
+        first = {
+            unit: item.cluster for unit, item in reversed(list(zip(units, items, strict=True)))
+        }
+        name = "mean of groups" if any(item.group for item in items) else "mean of items"
+        found = estimate(worst[0] - worst[1], [first[unit] for unit in dict.fromkeys(units)])
     return PairedResult(
-        found.value, found.se, found.ci95, p_value(found.value, found.se), found.n, found.clusters
+        name,
+        found.value,
+        found.se,
+        found.ci95,
+        p_value(found.value, found.se),
+        found.n,
+        found.clusters,
     )
+
+
+def _score(scored: Scored) -> float:
+    return scored.verdict.score
+
+
+def compare(a: Result, b: Result, *, allow_partial: bool = False) -> PairedResult:
+    """Paired difference of two results on the same items, see :func:`paired`.
+
+    Raises:
+        DataError: Different benchmarks or items, or other rows under the same numbers.
+    """
+    spec = find_spec(a.benchmark)
+    check_same_questions(spec, b.benchmark, a.data_sha256, b.data_sha256)
+    return paired(spec, a.protocol, a.scored, b.scored, allow_partial=allow_partial)
+
+
+def check_same_questions(spec: BenchmarkSpec, other: str, *hashes: str) -> None:
+    """Refuse to pair answers by ids that mean different questions.
+
+    Raises:
+        DataError: Two benchmarks, or two files of one without an id column.
+    """
+    if other != spec.name:
+        raise DataError(f"{spec.name} and {other} have different questions; compare one benchmark")
+    if spec.id_key is None and len(set(hashes)) > 1:
+        raise DataError(
+            f"{spec.name} has no id column and the two runs used different files (SHA-256 {', '.join(hashes)}): "
+            "their row numbers mean different questions; score both with one file"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ files

@@ -114,6 +114,7 @@ DSR3 = BenchmarkSpec(
     max_new_tokens=4096,
     cluster_columns=("qid",),
     notes={"official": (BOTH_FAIL,), "easi": (BOTH_FAIL,)},
+    mean_of_items=False,
 )
 
 # ------------------------------------------------------------------------------------ circular multiple choice
@@ -235,6 +236,7 @@ CIRCULAR = BenchmarkSpec(
     max_new_tokens=4096,
     notes={"official": (BOTH_FAIL,), "easi": (BOTH_FAIL,)},
     select=_checked_groups,
+    mean_of_items=False,
 )
 
 # --------------------------------------------------------------------------------------------- making variants

@@ -147,6 +147,7 @@ GLOBALMAP = BenchmarkSpec(
     max_new_tokens=1024,
     cluster_columns=("scene",),
     lower_is_better=True,
+    mean_of_items=False,
 )
 
 SPECS = (GLOBALMAP,)

@@ -265,6 +265,7 @@ SITE = BenchmarkSpec(
     notes=dict.fromkeys(
         ("official", "lmms"), ("unreadable answers are wrong, upstream guesses without a seed",)
     ),
+    mean_of_items=False,
 )
 
 # --------------------------------------------------------------------------------------------------- SpaCE-10

@@ -115,6 +115,7 @@ LOCALCOGMAP = BenchmarkSpec(
     max_new_tokens=64,
     cluster_columns=("scene",),
     lower_is_better=True,
+    mean_of_items=False,
 )
 
 # --------------------------------------------------------------------------------------------- 7-DoF grounding
@@ -185,6 +186,7 @@ GROUNDING = BenchmarkSpec(
     media=images,
     max_new_tokens=512,
     cluster_columns=("scene",),
+    mean_of_items=False,
 )
 
 # --------------------------------------------------------------------------------------------------- counting
@@ -232,6 +234,7 @@ COUNTING = BenchmarkSpec(
     media=images,
     max_new_tokens=64,
     cluster_columns=("scene",),
+    mean_of_items=False,
 )
 
 # --------------------------------------------------------------------------------------------------- rotation
@@ -356,6 +359,7 @@ INTERNSPATIAL = BenchmarkSpec(
     notes=dict.fromkeys(
         ("official", "lmms", "easi"), ("no public file or prompt: project schema",)
     ),
+    mean_of_items=False,
 )
 
 SPECS = (LOCALCOGMAP, GROUNDING, COUNTING, ROTATION, INTERNSPATIAL)

@@ -15,7 +15,7 @@ from spatialvlm.evaluation.registry import load_benchmark
 from spatialvlm.evaluation.report import pick_samples, read_baselines, text_table, write_report
 from spatialvlm.evaluation.report_samples import state_of
 from spatialvlm.evaluation.report_tables import overall_bars
-from spatialvlm.evaluation.runs import paired_macro, read_metrics, read_runs
+from spatialvlm.evaluation.runs import paired_runs, read_metrics, read_runs
 from spatialvlm.evaluation.scoring import score, write_result
 from tests.unit.evaluation.test_golden import scored
 
@@ -184,7 +184,7 @@ def test_terminal_table(page):
 
 def test_paired_difference(runs):
     a, b, blind = read_runs(runs[0])["spatialvlm_rows"]
-    pair = paired_macro(b, a)
+    pair = paired_runs(b, a)
     direct = b.result["headline"]["value"] - a.result["headline"]["value"]
     assert pair.difference == pytest.approx(direct)
     assert (pair.n, pair.clusters) == (40, 5)

@@ -169,9 +169,58 @@ def test_compare(vsi):
     a = score(vsi, GOOD)
     b = score(vsi, {**GOOD, ("1", ""): Prediction("1", "B")})
     found = compare(a, b)
-    assert (found.difference, found.n) == (50.0, 2)
+    assert (found.difference, found.n, found.name) == (50.0, 2, "macro of 8")
     with pytest.raises(DataError, match="1 common items of 2 and 1"):
         compare(a, score(vsi, {("1", ""): GOOD["1", ""]}, allow_partial=True))
+
+
+def test_paired_difference_is_that_of_the_headlines(tmp_path, capsys):
+    """By the headline's rule: VSI's three direction levels count as one entry; also from written folders."""
+    rows = golden("vsibench_easi")
+    bench = load_benchmark("vsi_bench", write(tmp_path / "vsi.jsonl", rows))
+    constant = [{**row, "prediction": "A" if row["options"] else "2"} for row in rows]
+    results = [score(bench, as_predictions(part), "easi") for part in (rows, constant)]
+    expected = results[0].headline["value"] - results[1].headline["value"]
+    found = compare(*results)
+    assert found.difference == pytest.approx(expected, abs=1e-9)
+    assert compare(results[0], results[0]).se == 0
+    for name, result in zip("ab", results, strict=True):
+        write_result(result, tmp_path / name)
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert f"vsi_bench: {expected:+.2f} points (macro of 8)" in capsys.readouterr().out
+
+    part = dict(list(as_predictions(rows).items())[:400])
+    write_result(score(bench, part, "easi", allow_partial=True), tmp_path / "c")
+    command = ["compare", str(tmp_path / "a"), str(tmp_path / "c")]
+    assert main(command) == 1
+    assert "400 common items of 450 and 400" in capsys.readouterr().err
+    assert main([*command, "--allow-partial"]) == 0
+    assert "n 400" in capsys.readouterr().out
+
+
+def test_paired_difference_of_groups(tmp_path):
+    """Rotations of a question count once, as the worst of them."""
+    rows = [
+        {"index": q + 1_000_000 * j, "A": "xy"[j], "B": "yx"[j], "answer": "AB"[j]}
+        for q in range(4)
+        for j in range(2)
+    ]
+    bench = load_benchmark("circular_mcq", write(tmp_path / "rows.jsonl", rows))
+    right = {(str(r["index"]), ""): Prediction(str(r["index"]), r["answer"]) for r in rows}
+    a, b = score(bench, right), score(bench, {k: Prediction(k[0], "A") for k in right})
+    found = compare(a, b)
+    assert (found.difference, found.n, found.name) == (100.0, 4, "mean of groups")
+
+
+def test_row_numbers_of_two_files_are_not_paired(tmp_path):
+    row = {"answer": "A. x", "choices": "A. x\nB. y", "question_type": "t"}
+    results = []
+    for name in ("one", "two"):
+        path = write(tmp_path / f"{name}.jsonl", [{**row, "question": name}])
+        answers = {("0", ""): Prediction("0", "A")}
+        results.append(score(load_benchmark("viewspatial", path), answers))
+    with pytest.raises(DataError, match="no id column and the two runs used different files"):
+        compare(*results)
 
 
 def test_written_files(vsi, tmp_path):
