@@ -260,6 +260,12 @@ def main(argv: list[str] | None = None) -> int:
     if blocked:
         what = "used, rows are tagged" if arguments.allow_contaminated else "skipped"
         print(f"{len(blocked)} evaluation scenes {what}")
+    other = sorted(set(summary.skipped_scenes) - set(blocked))
+    if other:
+        allowed = ", ".join(plan.allow_split)
+        print(
+            f"{len(other)} scenes of other splits than {allowed} skipped (--allow-split), first {other[0]}"
+        )
     print(
         f"{summary.rows} rows, {summary.skipped_parts} of {summary.parts} parts were there already"
     )

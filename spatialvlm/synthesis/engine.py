@@ -81,6 +81,8 @@ class Summary:
     counters: Counter[tuple[str, str]] = field(default_factory=Counter)
     failed_scenes: dict[str, str] = field(default_factory=dict)
     """Scene id -> traceback."""
+    skipped_scenes: list[str] = field(default_factory=list)
+    """Evaluation scenes, and scenes of splits that the plan does not allow."""
 
     def table(self) -> str:
         """Rows and rejections per task."""
@@ -299,6 +301,7 @@ def _add(summary: Summary, sidecar: dict[str, Any]) -> None:
     summary.parts += 1
     summary.rows += sidecar["rows"]
     summary.failed_scenes.update(sidecar["failed_scenes"])
+    summary.skipped_scenes += sidecar["blocked_scenes"]
     for task, reasons in sidecar["counters"].items():
         for reason, count in reasons.items():
             summary.counters[task, reason] += count

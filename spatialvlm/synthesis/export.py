@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from spatialvlm.errors import ConfigError, ContaminationError, DataError, MediaError
-from spatialvlm.synthesis.formats import Dialect, expand_slots, replace_names
+from spatialvlm.synthesis.formats import Dialect, expand_slots, replace_names, text_and_view
 from spatialvlm.synthesis.marks import draw_marks, mark_from_dict
 from spatialvlm.synthesis.rows import CONTAMINATED, Draws
 from spatialvlm.typing import MarkSpec
@@ -63,10 +63,14 @@ def export_rows(
         ConfigError: Rows with marks would lose them.
         ContaminationError: A row is about an evaluation scene.
         MediaError: An image is missing; no row is ever replaced by another.
+        DataError: There is no such format.
     """
+    if format_id is not None:
+        text_and_view(format_id)
     out.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
     kept: Counter[str] = Counter()
+    as_written: Counter[str] = Counter()
 
     def rows() -> Iterator[tuple[dict[str, Any], list[MarkSpec]]]:
         for row in read_parts(folder):
@@ -79,6 +83,7 @@ def export_rows(
                     "--allow-contaminated again if the export is not for training."
                 )
             kept[row["license"]] += 1
+            as_written["rows"] += format_id is not None and format_id not in row["formats_ok"]
             yield realise(row, format_id, dialect)
 
     if kind == "webdataset":
@@ -92,6 +97,7 @@ def export_rows(
         "skipped": dict(sorted(counts.items())),
         "licenses": dict(sorted(kept.items())),
         "format_id": format_id,
+        "rows_without_that_format": as_written["rows"],
         "marks": "drawn" if render_marks else "none",
     }
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -85,7 +85,7 @@ def task_rows(maker: RowMaker, task: Task, counters: Counters) -> Iterable[dict[
     stream = iter(task.propose(ctx, rng))
     variants = plan.tasks[task.id].variants
     seen: set[str] = set()
-    made = 0
+    made = tried = 0
     for _ in range(TRIES_PER_ROW * wanted):
         if made == wanted:
             break
@@ -95,15 +95,20 @@ def task_rows(maker: RowMaker, task: Task, counters: Counters) -> Iterable[dict[
                 break
             if variants is not None and args["variant"] not in variants:
                 continue
+            tried += 1
             row = maker.row(task, args)
             if row["id"] in seen:
                 raise Reject(Reason.DUPLICATE)
         except Reject as reject:
+            tried += 1
             counters[task.id, reject.reason] += 1
             continue
         seen.add(row["id"])
         made += 1
         yield row
+    if wanted and not tried:
+        seen_any = any(ctx.view(frame).clean for frame in range(ctx.num_frames))
+        counters[task.id, Reason.NO_CANDIDATE if seen_any else Reason.NO_CLEAN_OBJECT] += 1
     for reason, count in ctx.events.items():
         counters[task.id, reason] += count
     ctx.events.clear()

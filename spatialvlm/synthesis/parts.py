@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,11 @@ class Part:
 
 
 def list_scenes(folder: Path) -> list[SceneRef]:
-    """All scenes below ``folder``, sorted by scene id; only their ids are looked at."""
+    """All scenes below ``folder``, sorted by scene id; only their ids are looked at.
+
+    Raises:
+        SceneSchemaError: A file cannot be read, or a scene occurs twice.
+    """
     found = []
     for path in scene_files(folder):
         if path.suffix == ".parquet":
@@ -63,7 +68,14 @@ def list_scenes(folder: Path) -> list[SceneRef]:
         else:
             scene_id, room_id = _ids(path)
             found.append(SceneRef(scene_id, str(path), room_id=room_id))
-    return sorted(found)
+    found.sort()
+    for one, two in pairwise(found):
+        if one.scene_id and one.scene_id == two.scene_id:
+            raise SceneSchemaError(
+                f"scene {one.scene_id} is in {one.path} and in {two.path}; its rows would occur twice. Remove one, "
+                "or name the folder of one set of scenes."
+            )
+    return found
 
 
 def _ids(path: Path) -> tuple[str, str]:

@@ -50,6 +50,11 @@ class Reason(StrEnum):
     TOO_FEW_OBJECTS = "too_few_objects", "fewer objects than the question names"
     TOO_FEW_FRAMES = "too_few_frames", "fewer than two frames for a video question"
     NO_VIEW_PAIR = "no_view_pair", "no two views overlap enough and differ enough"
+    NO_CLEAN_OBJECT = "no_clean_object", "no frame shows an object clearly"
+    NO_CANDIDATE = (
+        "no_candidate",
+        "nothing in the scene fits the question, e.g. too few clean objects or no way",
+    )
     NOT_CLEAN = "not_clean", "an object is hidden, ambiguous or cut off in its frame"
     NOT_VISIBLE = "not_visible", "an object is never clearly visible in the shown frames"
     AMBIGUOUS = "ambiguous", "an object is neither clearly visible nor clearly hidden"

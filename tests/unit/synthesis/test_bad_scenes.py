@@ -130,7 +130,20 @@ def test_ambiguous_objects_are_rejected_with_their_reason(values, generate):
     rows, counters = generate(values)
     assert rows == []
     assert counters["is_count", "rows"] == 0
-    assert all(counters[task, "rows"] == 0 for task in SIMPLE.split(","))
+    for task in SIMPLE.split(","):
+        assert counters[task, "rows"] == 0
+        assert any(
+            count for (name, reason), count in counters.items() if name == task and reason != "rows"
+        )
+    assert counters["left_right", Reason.NO_CLEAN_OBJECT] == 1
+
+
+def test_a_scene_with_too_little_for_a_question_says_so(values, generate):
+    for frame in values["frames"]:  # one clean object, and none to compare it with
+        frame["visible"] = [record for record in frame["visible"] if record["obj"] == 1]
+    rows, counters = generate(values, "left_right,object_colour")
+    assert {row["task"] for row in rows} == {"object_colour"}
+    assert counters["left_right", Reason.NO_CANDIDATE] == 1
 
 
 def test_every_reason_of_a_rejection_is_documented():

@@ -5,12 +5,13 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from spatialvlm.errors import ConfigError
+from spatialvlm.errors import ConfigError, SceneSchemaError
 from spatialvlm.scenes.io import load_scene, save_scene
 from spatialvlm.synthesis.engine import synthesize
 from spatialvlm.synthesis.parts import SceneRef, split_into_parts
@@ -265,3 +266,30 @@ def test_shards_are_merged_balanced_and_exported_together(scenes, tmp_path):
         assert even.exists() == (code == 0)
     assert sum(pq.read_metadata(path).num_rows for path in even.glob("*.parquet")) > 0
     assert command([*ask[:-1], str(rows)]) == 2
+
+
+def test_a_scene_that_is_there_twice_is_refused(scenes, tmp_path):
+    for folder in ("a", "b"):
+        save_scene(load_scene(scenes / "rooms" / "hand-0"), tmp_path / "scenes" / folder)
+    with pytest.raises(
+        SceneSchemaError, match=r"rooms/hand-0 is in .*a.scene\.json and in .*b.scene\.json"
+    ):
+        synthesize(tmp_path / "scenes", tmp_path / "rows", make_plan("left_right"))
+
+
+def test_scenes_of_other_splits_are_named(scenes, tmp_path, capsys):
+    room = load_scene(scenes / "rooms" / "hand-0")
+    held_out = replace(
+        room,
+        scene_id="scannet/scene9999_00",
+        room_id="scannet/scene9999",
+        source="scannet",
+        split="val",
+    )
+    save_scene(held_out, tmp_path / "scenes")
+    command = runpy.run_path(str(ROOT / "tools" / "synthesize.py"))["main"]
+    ask = ["--scenes", str(tmp_path / "scenes"), "--tasks", "left_right", "--out"]
+    assert command([*ask, str(tmp_path / "a")]) == 0
+    assert "1 scenes of other splits than train skipped (--allow-split)" in capsys.readouterr().out
+    assert command([*ask, str(tmp_path / "b"), "--allow-split", "val"]) == 0
+    assert "other splits" not in capsys.readouterr().out

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from spatialvlm.errors import ConfigError, ContaminationError, MediaError, SynthesisError
+from spatialvlm.errors import ConfigError, ContaminationError, DataError, MediaError, SynthesisError
 from spatialvlm.scenes.io import load_scene, save_scene
 from spatialvlm.synthesis import tasks as registry
 from spatialvlm.synthesis.audit import audit, page, prune, read_rows
@@ -348,6 +348,15 @@ def test_the_page_is_static_and_escapes_text(made):
 
 
 # Export ----------------------------------------------------------------------------------------------
+def test_an_export_counts_rows_that_have_no_such_format(made, tmp_path):
+    scenes, rows = made
+    manifest = export_rows(rows, scenes, tmp_path, "messages", render_marks=True, format_id=4)
+    lacking = sum(4 not in row["formats_ok"] for row in read_rows(rows))
+    assert manifest["rows_without_that_format"] == lacking > 0
+    with pytest.raises(DataError, match="format 19 does not exist"):
+        export_rows(rows, scenes, tmp_path, "messages", format_id=19)
+
+
 def test_exports_hold_the_same_rows(made, tmp_path):
     scenes, rows = made
     count = len(read_rows(rows))
