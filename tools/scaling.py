@@ -29,7 +29,7 @@ from spatialvlm.config.evaluation import SweepConfig
 from spatialvlm.config.load import load_config, read_yaml
 from spatialvlm.errors import ConfigError, DataError, SpatialVLMError, run_command
 from spatialvlm.evaluation import charts
-from spatialvlm.evaluation.runs import read_runs
+from spatialvlm.evaluation.runs import headline_weights, read_runs
 from spatialvlm.evaluation.scaling import (
     LAWS,
     check_extrapolation,
@@ -207,7 +207,7 @@ def size_of(sweep: SweepConfig, value) -> float | None:
 
 
 def collect(sweep: SweepConfig) -> tuple[list[dict], dict]:
-    """Scores of all finished points, and their per-item scores ``{(benchmark, point): {id: score}}``."""
+    """Scores of all finished points, and ``{(benchmark, point): (items, weights in the headline)}``."""
     rows, items = [], {}
     for point in load_state(sweep).values():
         if point["state"] != "done":
@@ -225,7 +225,7 @@ def collect(sweep: SweepConfig) -> tuple[list[dict], dict]:
                     "se": head["se"],
                 }
             )
-            items[bench, point["name"]] = runs[0].items()
+            items[bench, point["name"]] = runs[0].items(), headline_weights(runs[0])
     if not rows:
         raise DataError(f"{sweep.out} has no finished point; run `scaling.py run` first")
     return rows, items
@@ -274,10 +274,11 @@ def fit_all(rows: list[dict], items: dict, draws: int) -> tuple[list[dict], dict
             fit = function(x, y)
             fits[bench, law] = fit
             bounds = {}
-            if all((bench, row["point"]) in items for row in part):
-                scores = [{i.id: i.score for i in items[bench, row["point"]]} for row in part]
-                clusters = {i.id: i.cluster for i in items[bench, part[0]["point"]]}
-                bounds = intervals_by_items(x, scores, clusters, law, draws=draws)
+            first, weights = items.get((bench, part[0]["point"]), ([], None))
+            if weights is not None:
+                scores = [{i.id: i.score for i in items[bench, row["point"]][0]} for row in part]
+                clusters = {i.id: i.cluster for i in first}
+                bounds = intervals_by_items(x, scores, clusters, law, weights=weights, draws=draws)
             elif all(row["se"] is not None for row in part):
                 bounds = intervals_by_errors(x, y, [row["se"] for row in part], law, draws=draws)
             for param, value in fit.params.items():

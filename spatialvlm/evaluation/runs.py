@@ -10,7 +10,7 @@ from typing import Any
 from spatialvlm.errors import DataError
 from spatialvlm.evaluation.charts import PALETTE
 from spatialvlm.evaluation.reading import read_jsonl
-from spatialvlm.evaluation.registry import find_spec
+from spatialvlm.evaluation.registry import BENCHMARKS, find_spec
 from spatialvlm.evaluation.schema import Item, Scored, Verdict
 from spatialvlm.evaluation.scoring import PairedResult, check_same_questions, paired
 
@@ -149,3 +149,21 @@ def _scored(row: ItemRow) -> Scored:
         category=row.category, group=row.group, variant=row.variant,
     )  # fmt: skip
     return Scored(item, Verdict(row.extracted, row.score, row.unparsed))
+
+
+def headline_weights(run: BenchRun) -> dict[str, float] | None:
+    """Weight of every item in the headline, ``None`` where the headline is no mean of item scores."""
+    spec = BENCHMARKS.get(run.result["benchmark"])
+    if spec is None or not spec.mean_of_items:
+        return None
+    items = [_scored(row).item for row in run.items()]
+    cells: dict[tuple[str, str], list[Item]] = {}
+    for item in items:
+        cells.setdefault((item.question_type, item.category), []).append(item)
+    weights: dict[str, float] = {}
+    for members in cells.values():
+        inside = {item.key for item in members}
+        marked = [Scored(item, Verdict(None, float(item.key in inside), True)) for item in items]
+        share = spec.summarise(marked, run.result["protocol"]).headline.value / 100
+        weights |= {item.id: share / len(members) for item in members}
+    return weights

@@ -152,6 +152,7 @@ def intervals_by_items(
     clusters: Mapping[str, str],
     law: str,
     *,
+    weights: Mapping[str, float] | None = None,
     draws: int = 1000,
     seed: int = 0,
 ) -> Intervals:
@@ -162,6 +163,7 @@ def intervals_by_items(
         scores: Per run, item id -> score in [0, 1].
         clusters: Item id -> cluster.
         law: ``log`` or ``power``.
+        weights: Item id -> weight in the headline; ``None`` = all alike.
         draws: Bootstrap draws.
         seed: Of the draws.
     """
@@ -170,13 +172,14 @@ def intervals_by_items(
     index = {name: i for i, name in enumerate(names)}
     member = np.array([index[clusters[item]] for item in common])
     table = np.array([[part[item] for item in common] for part in scores])  # [runs, items]
-    sums = np.stack([np.bincount(member, row, len(names)) for row in table])  # [runs, clusters]
-    counts = np.bincount(member, minlength=len(names))
+    weight_of = np.array([1.0 if weights is None else weights[item] for item in common])
+    sums = np.stack([np.bincount(member, row * weight_of, len(names)) for row in table])
+    counts = np.bincount(member, weight_of, len(names))  # [clusters]; sums [runs, clusters]
     rng = np.random.default_rng(seed)
     found: dict[str, list[float]] = defaultdict(list)
     for _ in range(draws):
-        weight = np.bincount(rng.integers(0, len(names), len(names)), minlength=len(names))
-        means = 100 * (sums @ weight) / float(counts @ weight)
+        drawn = np.bincount(rng.integers(0, len(names), len(names)), minlength=len(names))
+        means = 100 * (sums @ drawn) / float(counts @ drawn)
         for key, value in LAWS[law](x, means.tolist()).params.items():
             found[key].append(value)
     return _percentiles(found)

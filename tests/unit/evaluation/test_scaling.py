@@ -137,6 +137,18 @@ def test_slopes_of_a_published_table():
     ]
 
 
+def test_intervals_are_those_of_the_headline():
+    """A type with few questions weighs as much as one with many; plain means would miss the fitted value."""
+    clusters = {f"i{n}": f"s{n % 20}" for n in range(400)}
+    few = [f"i{n}" for n in range(40)]
+    weights = {i: (0.5 / 40 if i in few else 0.5 / 360) for i in clusters}
+    runs = [{i: (p if i in few else 0.2) for i in clusters} for p in (0.2, 0.4, 0.6)]
+    low, high = intervals_by_items([1, 2, 4], runs, clusters, "log", weights=weights, draws=50)["b"]
+    assert (low, high) == pytest.approx((10, 10))  # half of 20 points per doubling, no noise
+    low, high = intervals_by_items([1, 2, 4], runs, clusters, "log", draws=50)["b"]
+    assert high < 5
+
+
 def test_intervals():
     rng = np.random.default_rng(0)
     clusters = {f"i{n}": f"s{n // 4}" for n in range(400)}

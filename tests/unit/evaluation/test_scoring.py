@@ -15,6 +15,7 @@ from spatialvlm.evaluation.metrics import estimate
 from spatialvlm.evaluation.predictions import Prediction, join, read_predictions
 from spatialvlm.evaluation.prompts import safe_path
 from spatialvlm.evaluation.registry import check_media, find_spec, load_benchmark
+from spatialvlm.evaluation.runs import headline_weights, read_runs
 from spatialvlm.evaluation.schema import as_list, lettered, present
 from spatialvlm.evaluation.scoring import compare, score, write_result
 
@@ -196,6 +197,19 @@ def test_paired_difference_is_that_of_the_headlines(tmp_path, capsys):
     assert "400 common items of 450 and 400" in capsys.readouterr().err
     assert main([*command, "--allow-partial"]) == 0
     assert "n 400" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("protocol", ["official", "easi"])
+def test_weights_make_the_headline(protocol, tmp_path):
+    for name, file in (("vsi_bench", "vsibench_easi"), ("mindcube", "mindcube_official")):
+        rows = golden(file)
+        bench = load_benchmark(name, write(tmp_path / "rows.jsonl", rows))
+        result = score(bench, as_predictions(rows), protocol)
+        write_result(result, tmp_path / name / protocol)
+        (run,) = read_runs([tmp_path / name / protocol])[name]
+        weights = headline_weights(run)
+        total = sum(weights[row.id] * row.score for row in run.items())
+        assert 100 * total == pytest.approx(result.headline["value"], abs=1e-9)
 
 
 def test_paired_difference_of_groups(tmp_path):
