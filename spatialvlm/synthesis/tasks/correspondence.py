@@ -21,6 +21,8 @@ CYCLE_PX = 2.0
 BORDER = 0.02
 CANDIDATE_GAP = 0.05
 CANDIDATE_GAP_M = 0.10
+SIMILAR_DEPTH = 0.4
+"""Largest relative difference of the depths of the truth and of the wrong candidate elsewhere in the view."""
 
 
 def correspond(
@@ -87,14 +89,16 @@ class CorrPoint(Task):
     needs = frozenset({"depth"})
 
     def propose(self, ctx: SceneContext, rng: Generator) -> Iterator[Args]:
-        """A pixel on a shared object, three more for the wrong candidates (two on the same object)."""
+        """A pixel on a shared object, three more for the wrong candidates (two on the same object, one as deep)."""
 
         def stream(i: int, j: int) -> Iterator[Args]:
             one, two = ctx.view(i), ctx.view(j)
             shared = ctx.pair(i, j).shared
             for _ in range(12):
                 obj = shared[int(rng.integers(len(shared)))]
-                other = two.clean[int(rng.integers(len(two.clean)))]
+                near = [o for o in two.clean if o != obj and similar_depth(two, obj, o)]
+                pool = near or two.clean
+                other = pool[int(rng.integers(len(pool)))]
                 yield {
                     "variant": "",
                     "frames": [one.frame_id, two.frame_id],
@@ -119,10 +123,11 @@ class CorrPoint(Task):
         depth = ctx.depth(two.index)
         assert depth is not None
         pixels, points, on_same = [pixel], [world], 0
+        own_depth = float(two.camera.to_cam(world[None])[0, 2])
         for x, y in args["wrong"]:
             value = float(depth[int(y), int(x)])
-            if value <= 0:
-                raise Reject(Reason.DISTRACTORS, "no depth")
+            if abs(value - own_depth) > SIMILAR_DEPTH * own_depth:
+                raise Reject(Reason.DISTRACTORS, f"depth {value:.2f} m beside {own_depth:.2f} m")
             centre = np.array([[x, y]])
             pixels.append(centre[0])
             points.append(two.camera.back_project(centre, np.array([value]))[0])
@@ -155,6 +160,12 @@ class CorrPoint(Task):
         words = [f"{name} point" for name in names]
         slots = {"a": f"the {source} point"}
         return write.qa(write.turn("text", words[0], slots, wrong=words[1:]))
+
+
+def similar_depth(view: View, a: int, b: int) -> bool:
+    """Whether two boxes stand about equally deep in a view."""
+    one, two = sum(view.depth[a]) / 2, sum(view.depth[b]) / 2
+    return abs(two - one) <= SIMILAR_DEPTH * one
 
 
 def inside_box(rng: Generator, view: View, obj: int) -> list[float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spatialvlm.errors import SynthesisError
-from spatialvlm.scenes.io import load_scene
+from spatialvlm.scenes.io import load_depth, load_scene
 from spatialvlm.scenes.rooms.build import RenderConfig, RoomSpec, write_room
 from spatialvlm.synthesis.audit import read_rows
 from spatialvlm.synthesis.context import SceneContext
@@ -78,6 +78,15 @@ def test_nearly_every_task_has_rows_in_two_rooms_and_all_verify(rooms, tmp_path)
         ):
             assert set(part) == {"args", "values"}
             assert isinstance(one, ANSWER_PYTHON[row["answer_type"]]), row["task"]
+        if (
+            row["task"] == "corr_point"
+        ):  # no candidate gives itself away by being much nearer or farther
+            _, truth, *wrong = (candidate["xy"] for candidate in json.loads(row["marks"]))
+            scene = next(s for s in scenes_of(rooms) if s.scene_id == row["scene_id"])
+            frame = next(f for f in scene.frames if f.frame_id == row["frame_ids"][1])
+            depth = load_depth(scene, frame)
+            at = [float(depth[int(y), int(x)]) for x, y in (truth, *wrong)]
+            assert all(abs(z - at[0]) < 0.45 * at[0] for z in at[1:])
         if row["task"] == "corr_obj":  # other formats would mark the object in both views
             assert row["formats_ok"] == []
         assert row["margin"]["value"] >= row["margin"]["threshold"] > 0
