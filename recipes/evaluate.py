@@ -93,6 +93,7 @@ class Asker:
     def manifest(self, benchmark: Benchmark) -> dict[str, Any]:
         """How the answers are made; a resumed run must agree with it."""
         from spatialvlm import __version__
+        from spatialvlm.training.state import git_revision
 
         section, model = self.config.evaluation, self.config.model
         assert model is not None
@@ -122,6 +123,7 @@ class Asker:
             "seed": section.seed,
             "world_size": self.processes.size,
             "package_version": __version__,
+            "git_commit": git_revision(Path(__file__).resolve().parents[1])["commit"],
         }
 
     def ask(self, benchmark: Benchmark, folder: Path) -> None:

@@ -191,7 +191,8 @@ def benchmark_keys(
         own = scene_ids(row)
         scenes |= set(own)
         paths = media_paths(row)
-        keys.tails |= {tail(path) for path in paths}
+        # "color/0.jpg" of one scene is no picture of another: such paths are compared by their scene.
+        keys.tails |= {tail(path) for path in paths if not find_ids(path)}
         question = question_of(row)
         if question:
             keys.questions.setdefault(question, set()).update(own)

@@ -97,6 +97,8 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool
         if differing or overwrite:
             for shard in folder.glob("predictions*.jsonl"):
                 shard.unlink()
+    for shard in folder.glob("predictions.rank*.jsonl"):
+        _repair_tail(shard)  # now, before other processes read it
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(manifest, indent=1, default=str) + "\n", encoding="utf-8")

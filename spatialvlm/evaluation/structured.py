@@ -14,7 +14,7 @@ from spatialvlm.evaluation.extract import last_number_plain, lower, strip_think
 
 Box = Sequence[float]
 
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
 _GROUP = re.compile(rf"[\[(]\s*({_NUMBER}(?:\s*,\s*{_NUMBER})*)\s*[\])]")
 _ROTATION = re.compile(rf"({_NUMBER})\s*(rad)?", re.IGNORECASE)
 

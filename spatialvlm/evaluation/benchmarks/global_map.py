@@ -39,9 +39,12 @@ def _cells(value: Any) -> Cells | None:
     for pair in pairs:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             return None
-        if not all(type(v) in (int, float) and math.isfinite(v) for v in pair):
+        if not all(type(v) in (int, float) and abs(v) < math.inf for v in pair):
             return None
-        cells.append((float(pair[0]), float(pair[1])))
+        try:
+            cells.append((float(pair[0]), float(pair[1])))
+        except OverflowError:  # a whole number of hundreds of digits
+            return None
     return cells
 
 

@@ -103,7 +103,7 @@ def _as_items(text: str) -> list[str]:
     if text.startswith("["):
         try:
             values = json.loads(text)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # not JSON, or a number of thousands of digits
             values = None
         if isinstance(values, list):
             return [_plain(value) for value in values]

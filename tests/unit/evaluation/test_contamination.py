@@ -156,6 +156,22 @@ def test_command_line(tool, planted, tmp_path, capsys):
     assert header == "train_file,line,id,benchmark,level,key"
 
 
+def test_pictures_of_other_scenes_are_no_hits(tmp_path):
+    """Frames of every scan have the same names; only a path without a scene is known by its end."""
+    bench = write(
+        tmp_path / "bench.jsonl",
+        [{"id": "1", "image": "val/scene0706_00/color/0.jpg"}, {"id": "2", "image": "web/7.jpg"}],
+    )
+    keys = [co.benchmark_keys(f"mine={bench}")]
+
+    def levels_of(path):
+        return [match.level for match in co.check_record({"image": path}, keys).matches]
+
+    assert levels_of("train/scene0001_00/color/0.jpg") == []
+    assert levels_of("train/scene0706_00/color/5.jpg") == ["scene"]
+    assert levels_of("other/web/7.jpg") == ["image"]
+
+
 def test_media_that_were_not_compared_are_counted(tool, planted, tmp_path, capsys):
     """With a wrong root every comparison is skipped; that must not look like a clean result."""
     folder, path, bench = planted

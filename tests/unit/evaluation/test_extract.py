@@ -3,11 +3,15 @@
 import random
 import signal
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
 from spatialvlm.evaluation import extract as ex
 from spatialvlm.evaluation import structured as st
+from spatialvlm.evaluation.benchmarks import rows
+from spatialvlm.evaluation.benchmarks.global_map import parse_map
+from spatialvlm.evaluation.schema import Item
 
 FOUR = {"A": "chair", "B": "bed", "C": "sofa", "D": "table"}
 
@@ -187,6 +191,20 @@ def test_long_runs_stay_linear(piece):
     for call in calls:
         with limit(20.0):
             call()
+
+
+def test_a_bracket_with_endless_digits_is_no_answer():
+    """A model that repeats one digit: read in linear time, and no number too long for Python ends the scoring."""
+    for digits in (400, 100_000):
+        text = "[" + "9" * digits
+        gold = {"deg": 0.0, "unsigned": False}
+        item = Item("1", "list", ["a"], "t", "s")
+        with limit(20.0):
+            assert st.parse_cell(text) is None
+            assert st.parse_box7(text) is None
+            assert parse_map(f'{{"chair": {text}, 1]}}') is None
+            assert rows.judge(item, text + "]").score == 0
+            assert rows.judge(replace(item, kind="angle", gold=gold), text).score == 0
 
 
 def test_any_text_is_accepted():
