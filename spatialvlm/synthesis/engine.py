@@ -39,6 +39,7 @@ from spatialvlm.synthesis.parts import (
 from spatialvlm.synthesis.plan import SynthesisPlan
 from spatialvlm.synthesis.rows import CONTAMINATED, GEN_VERSION, compact_json
 from spatialvlm.synthesis.twins import base_of, counterfactual_rows
+from spatialvlm.synthesis.verify import check_text, chosen
 from spatialvlm.synthesis.wording import PhraseBook, phrase_book
 
 _PART = re.compile(r"part-\d{5}-of-\d{5}")
@@ -50,6 +51,8 @@ SCENE_FAILURES = (
 )  # fmt: skip
 """What one bad scene can raise; it is tried again, recorded, and the others go on."""
 SCENE_TIMEOUT_S = 120.0
+SELF_CHECK = 0.01
+"""Share of the rows whose text is read back before they are written; ``verify_qa.py`` checks all of them."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +244,7 @@ def scene_rows(job: Job, ref: SceneRef) -> SceneRows:
     """Rows of a scene and what was rejected; ``None`` for a scene that must not be used.
 
     Raises:
-        SynthesisError: It takes longer than ``job.scene_timeout_s``.
+        SynthesisError: It takes longer than ``job.scene_timeout_s``, or a row does not say what its answer is.
     """
     contaminated = ref.scene_id in job.blocked
     if contaminated and not job.allow_blocked:
@@ -256,6 +259,13 @@ def scene_rows(job: Job, ref: SceneRef) -> SceneRows:
         base = base_of(scene)
         if base is not None and base in job.bases:
             made = with_pairs(job, scene, read_scene(job.bases[base]), prefix, book, made)
+    for row in made:
+        problems = check_text(row) if chosen(row["id"], SELF_CHECK, "self-check") else []
+        if problems:
+            raise SynthesisError(
+                f"{ref.scene_id}: row {row['id']} of task {row['task']} is wrong: {problems[0]}. Fix the task or "
+                "leave it out (--tasks)."
+            )
     if contaminated:
         made = [{**row, "tags": [*row["tags"], CONTAMINATED]} for row in made]
     return made, counted

@@ -15,9 +15,11 @@ import pytest
 
 from spatialvlm.errors import SynthesisError
 from spatialvlm.scenes.io import load_scene, save_scene
+from spatialvlm.synthesis import engine
 from spatialvlm.synthesis.engine import synthesize, time_limit
 from spatialvlm.synthesis.executors import run_parts, run_separately
-from spatialvlm.synthesis.parts import RowWriter, write_rows
+from spatialvlm.synthesis.generate import generate_scene
+from spatialvlm.synthesis.parts import RowWriter, list_scenes, write_rows
 from spatialvlm.synthesis.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -189,3 +191,15 @@ def test_a_full_disk_leaves_nothing_behind(fails, monkeypatch, tmp_path):
     with pytest.raises(OSError, match="No space left"):
         write_rows(tmp_path / "rows.parquet", [])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_do_not_say_their_answer_are_not_written(scenes, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        rows, counters = generate_scene(*args, **kwargs)
+        return [{**row, "answer_text": "perhaps"} for row in rows], counters
+
+    monkeypatch.setattr(engine, "generate_scene", broken)
+    job = engine.Job(scenes, tmp_path, make_plan("left_right"))
+    monkeypatch.setattr(engine, "SELF_CHECK", 1.0)
+    with pytest.raises(SynthesisError, match="'perhaps' is not a terse"):
+        engine.scene_rows(job, list_scenes(scenes)[0])
