@@ -71,11 +71,9 @@ def _score(args: argparse.Namespace) -> None:
         if Path(args.pred[0]).resolve() != (folder / "predictions.jsonl").resolve():
             from spatialvlm.evaluation.predictions import write_predictions
 
-            rows = (
-                {"id": p.id, "prediction": p.text, "variant": p.variant}
-                for p in predictions.values()
+            write_predictions(
+                folder / "predictions.jsonl", (p.to_row() for p in predictions.values())
             )
-            write_predictions(folder / "predictions.jsonl", rows)
         write_report([folder], folder / "report.html", extra_baselines=args.baselines)
 
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +17,10 @@ def _grey(size: tuple[int, int], path: Path) -> None:
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, GREY).save(path)
+    # Other threads and processes may read or write the same picture.
+    partial = path.with_name(f"{os.getpid()}-{threading.get_ident()}-{path.name}")
+    Image.new("RGB", size, GREY).save(partial)
+    partial.replace(path)
 
 
 def blank_copy(source: str | bytes, names: Sequence[str], scratch: Path) -> Path:
@@ -44,12 +49,7 @@ def blank_copy(source: str | bytes, names: Sequence[str], scratch: Path) -> Path
                     _grey(image.size, target / name)
             return target
         if source.lower().endswith(VIDEO_SUFFIXES):
-            import av
-
-            with av.open(source) as container:
-                stream = container.streams.video[0]
-                size = stream.width, stream.height
-                count = stream.frames or sum(1 for _ in container.decode(video=0))
+            size, count = _video_shape(source)
             for number in range(count):
                 _grey(size, target / f"{number:06d}.png")
             return target
@@ -57,4 +57,19 @@ def blank_copy(source: str | bytes, names: Sequence[str], scratch: Path) -> Path
             _grey(image.size, target.with_suffix(".png"))
         return target.with_suffix(".png")
     except OSError as error:
+        raise MediaError(f"{source!r} cannot be read: {error}") from None
+
+
+def _video_shape(source: str) -> tuple[tuple[int, int], int]:
+    """Width and height, and the number of frames."""
+    import av
+
+    try:
+        with av.open(source) as container:
+            if not container.streams.video:
+                raise MediaError(f"{source!r} has no video stream")
+            stream = container.streams.video[0]
+            size = stream.width, stream.height
+            return size, stream.frames or sum(1 for _ in container.decode(video=0))
+    except av.FFmpegError as error:  # broken data is no OSError
         raise MediaError(f"{source!r} cannot be read: {error}") from None

@@ -33,6 +33,17 @@ class Prediction:
         """What it is joined by."""
         return self.id, self.variant
 
+    def to_row(self) -> dict[str, Any]:
+        """The line it was read from, without empty fields."""
+        optional = {
+            "variant": self.variant,
+            "extracted": self.extracted,
+            "finish": self.finish,
+            "error": self.error,
+        }
+        row = {"id": self.id, "prediction": self.text, **self.extra}
+        return row | {key: value for key, value in optional.items() if value not in ("", None)}
+
 
 _KNOWN = ("id", "prediction", "variant", "extracted", "finish", "error")
 

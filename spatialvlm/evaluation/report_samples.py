@@ -56,13 +56,16 @@ def _verdict(row: ItemRow) -> str:
 
 
 def _gold_text(gold: str) -> str:
-    """The part of a structured gold value that a reader wants to see."""
-    if gold.startswith("{"):
+    """The part of a gold or extracted value that a reader wants to see; a model's own words stay as they are."""
+    try:
         value = json.loads(gold)
+    except (ValueError, RecursionError):
+        return gold
+    if isinstance(value, dict):
         return json.dumps(value.get("cell") or value.get("box") or value)
-    if gold.replace(".", "", 1).lstrip("-").isdigit():
-        return f"{float(gold):g}"
-    return {"true": "yes", "false": "no"}.get(gold, gold)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else gold
 
 
 def sample_cards(runs: Sequence[BenchRun], benchmark: Benchmark, count: int, side: int) -> str:

@@ -15,6 +15,7 @@ from spatialvlm.errors import (
 )
 from spatialvlm.evaluation import asks as asking
 from spatialvlm.evaluation import generate as gen
+from spatialvlm.evaluation.blank import blank_copy
 from spatialvlm.evaluation.predictions import read_predictions
 from spatialvlm.evaluation.registry import load_benchmark
 
@@ -282,6 +283,14 @@ def test_media_modes(bench):
         image = ask.messages[0]["content"][0]["image"]
         assert Path(image).name != ask.item.row["images"][0]
     assert asks_of(bench, media="blank")[5].messages[0]["content"][0]["blank"] is True
+
+
+def test_grey_copies_of_broken_media_are_a_media_error(tmp_path):
+    """Which is retried, recorded and counted; any other error would end the run."""
+    for name in ("broken.mp4", "broken.png"):
+        (tmp_path / name).write_bytes(b"no media at all")
+        with pytest.raises(MediaError, match=f"{name}' cannot be read"):
+            blank_copy(str(tmp_path / name), [], tmp_path / "grey")
 
 
 def test_a_dropped_last_line_of_another_shard_only_warns(tmp_path):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from spatialvlm.errors import DataError
 from spatialvlm.evaluation import charts, report
+from spatialvlm.evaluation.__main__ import main
 from spatialvlm.evaluation.predictions import Prediction, write_predictions
 from spatialvlm.evaluation.registry import load_benchmark
 from spatialvlm.evaluation.report import pick_samples, read_baselines, text_table, write_report
@@ -196,6 +197,29 @@ def test_metrics_keep_the_last_attempt_and_skip_a_cut_line(runs):
     steps = read_metrics(runs[1])
     assert [s["step"] for s in steps] == list(range(30))
     assert all(s["loss"] < 10 for s in steps)
+
+
+def test_any_words_of_a_model_can_be_shown(tmp_path):
+    """Answers of text questions are their own extraction: broken JSON, odd digits, anything."""
+    said = ["{broken", "--3", "²", "[" * 5000, '{"cell": [1, 2]}', "<script>alert(1)</script>", ""]
+    row = {
+        "messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}],
+        "task": "t",
+        "answer_type": "text",
+        "answer_json": '"red"',
+        "scene_id": "s",
+    }
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({**row, "id": str(n)}) + "\n" for n in range(len(said))))
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"id": n, "prediction": text}) + "\n" for n, text in enumerate(said))
+    )
+    command = ["score", "--bench", "spatialvlm_rows", "--data", str(path)]
+    assert main([*command, "--pred", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "o")]) == 0
+    write_report([tmp_path / "o"], tmp_path / "page.html", samples=10)
+    page = (tmp_path / "page.html").read_text()
+    assert "{broken" in page
+    assert "<script>alert" not in page
 
 
 def test_report_without_the_benchmark_file(runs, tmp_path):

@@ -237,6 +237,21 @@ def test_row_numbers_of_two_files_are_not_paired(tmp_path):
         compare(*results)
 
 
+def test_scored_folders_can_be_scored_again(tmp_path):
+    """What the predictions say about their making is kept."""
+    data = write(tmp_path / "vsi.jsonl", [VSI_ROW, NUMBER_ROW])
+    rows = [
+        {"id": 1, "prediction": "A", "finish": "length", "num_new_tokens": 16},
+        {"id": 2, "prediction": "", "error": "broken"},
+    ]
+    preds, out = write(tmp_path / "preds.jsonl", rows), tmp_path / "out"
+    command = ["score", "--bench", "vsi_bench", "--data", str(data), "--out", str(out), "--pred"]
+    for source in (preds, out / "predictions.jsonl"):
+        assert main([*command, str(source)]) == 0
+        result = json.loads((out / "result.json").read_text())
+        assert (result["n_truncated"], result["n_failed"]) == (1, 1)
+
+
 def test_written_files(vsi, tmp_path):
     write_result(score(vsi, GOOD), tmp_path / "out")
     result = json.loads((tmp_path / "out" / "result.json").read_text())
