@@ -259,6 +259,8 @@ def scene_rows(job: Job, ref: SceneRef) -> SceneRows:
         base = base_of(scene)
         if base is not None and base in job.bases:
             made = with_pairs(job, scene, read_scene(job.bases[base]), prefix, book, made)
+            rows = Counter(row["task"] for row in made)
+            counted.update({(task, "rows"): rows[task] - counted[task, "rows"] for task in rows})
     for row in made:
         problems = check_text(row) if chosen(row["id"], SELF_CHECK, "self-check") else []
         if problems:

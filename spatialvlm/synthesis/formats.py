@@ -56,11 +56,12 @@ def text_and_view(format_id: int) -> tuple[int, int]:
 def allowed_formats(slots: Slots) -> list[int]:
     """Formats in which a question about images can be shown.
 
-    T1 and T2 need a phrase that is unique by itself; T3, T4 and every drawn view need a box of every
-    object in an image; V3 needs masks.
+    T1 and T2 need a phrase that is unique by itself; T3 and T4 need a box of every object in the first image,
+    because numbers alone do not name another one; drawn views need a box in any image; V3 needs masks.
     """
     return list(
         _allowed(
+            all("0" in slot["boxes"] for slot in slots),
             all(slot["boxes"] for slot in slots),
             all(slot["masks"] for slot in slots),
             all(slot["unique"] for slot in slots),
@@ -69,13 +70,13 @@ def allowed_formats(slots: Slots) -> list[int]:
 
 
 @lru_cache(maxsize=8)
-def _allowed(boxed: bool, masked: bool, unique: bool) -> tuple[int, ...]:
+def _allowed(first: bool, boxed: bool, masked: bool, unique: bool) -> tuple[int, ...]:
     allowed = []
     for format_id in range(NUM_FORMATS):
         text, view = text_and_view(format_id)
         if text <= 2 and not unique:
             continue
-        if (text >= 3 or view in (2, 4)) and not boxed:
+        if (text in (3, 4) and not first) or (view in (2, 4) and not boxed):
             continue
         if view == 3 and not masked:
             continue

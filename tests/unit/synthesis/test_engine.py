@@ -293,3 +293,31 @@ def test_scenes_of_other_splits_are_named(scenes, tmp_path, capsys):
     assert "1 scenes of other splits than train skipped (--allow-split)" in capsys.readouterr().out
     assert command([*ask, str(tmp_path / "b"), "--allow-split", "val"]) == 0
     assert "other splits" not in capsys.readouterr().out
+
+
+def test_counts_and_rows_of_twins_agree(scenes, tmp_path):
+    room = load_scene(scenes / "rooms" / "hand-0")
+    moved = replace(room.objects[1], center=room.objects[1].center * 0.95)
+    twin = replace(
+        room,
+        scene_id="rooms/hand-0-t1",
+        objects=[room.objects[0], moved, *room.objects[2:]],
+        extra={"twin": {"of": "rooms/hand-0"}},
+    )
+    save_scene(room, tmp_path / "scenes" / "a")
+    save_scene(twin, tmp_path / "scenes" / "b")
+    summary = synthesize(
+        tmp_path / "scenes",
+        tmp_path / "rows",
+        make_plan("dist_abs,left_right", per_task=6),
+        executor="serial",
+    )
+    made = [
+        row
+        for path in (tmp_path / "rows").glob("*.parquet")
+        for row in pq.read_table(path).to_pylist()
+    ]
+    assert any("counterfactual" in row["tags"] for row in made)
+    assert len(made) > 4 * 6
+    for task in ("dist_abs", "left_right"):
+        assert summary.counters[task, "rows"] == sum(row["task"] == task for row in made)

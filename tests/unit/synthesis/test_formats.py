@@ -70,6 +70,9 @@ def test_which_formats_a_row_allows():
     # Named by a mark and without masks: no T1, no T2, no V3.
     assert allowed_formats([{**CHAIR, "unique": False}]) == [8, 9, 11, 12, 13, 15, 16, 18]
     assert allowed_formats([{**CHAIR, "boxes": {}}]) == [0, 4]
+    # Shown in the second image only: numbers in the text would be read as a place in the first.
+    second = {**CHAIR, "boxes": {"1": CHAIR["boxes"]["0"]}}
+    assert allowed_formats([CHAIR, second]) == [0, 1, 3, 4, 5, 7, 16, 18]
 
 
 @pytest.mark.parametrize(
