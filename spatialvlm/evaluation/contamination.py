@@ -17,9 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from spatialvlm.errors import DataError
-from spatialvlm.evaluation.prompts import frame_indices
 from spatialvlm.evaluation.reading import read_rows
-from spatialvlm.evaluation.thumbnails import VIDEO_SUFFIXES
+from spatialvlm.evaluation.thumbnails import VIDEO_SUFFIXES, video_pictures
 from spatialvlm.scenes.blacklist import (
     Blacklist,
     BlockList,
@@ -114,17 +113,20 @@ def dct_hash(gray: npt.NDArray[np.floating[Any]]) -> int:
 
 
 def picture_hashes(path: Path) -> list[int]:
-    """Hash of a picture, or of eight frames of a video."""
+    """Hash of a picture, or of eight frames of a video.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
     from PIL import Image
 
     if path.suffix.lower() in VIDEO_SUFFIXES:
-        import av
-
-        with av.open(str(path)) as container:
-            frames = [frame.to_image() for frame in container.decode(video=0)]
-        frames = [frames[i] for i in frame_indices(len(frames), 8)]
+        frames = video_pictures(path, 8)
     else:
-        frames = [Image.open(path)]
+        try:
+            frames = [Image.open(path).convert("RGB")]
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} is no readable picture: {error}") from None
     small = (frame.convert("L").resize((32, 32), Image.Resampling.BOX) for frame in frames)
     return [dct_hash(np.asarray(gray, dtype=float)) for gray in small]
 

@@ -47,12 +47,24 @@ def _encode(image: "Image", side: int, marks: Sequence[Mapping[str, Any]] = ()) 
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _video_frames(path: Path, side: int) -> list[str]:
+def video_pictures(path: Path, count: int) -> "list[Image]":
+    """Up to ``count`` frames of a video, evenly spread; the others are decoded but not kept.
+
+    Raises:
+        DataError: The file is no readable video.
+    """
     import av
 
-    with av.open(str(path)) as container:
-        frames = [frame.to_image() for frame in container.decode(video=0)]
-    return [_encode(frames[i], side) for i in frame_indices(len(frames), MAX_FRAMES)]
+    try:
+        with av.open(str(path)) as container:
+            total = container.streams.video[0].frames
+            total = total or sum(1 for _ in container.decode(video=0))
+        wanted = set(frame_indices(total, count))
+        with av.open(str(path)) as container:
+            decoded = enumerate(container.decode(video=0))
+            return [frame.to_image() for number, frame in decoded if number in wanted]
+    except (av.FFmpegError, IndexError) as error:
+        raise DataError(f"{path} is no readable video: {error}") from None
 
 
 def pictures(
@@ -80,7 +92,8 @@ def pictures(
                     with Image.open(path / name) as image:
                         found.append((f"{medium.path}/{name}", _encode(image, side, on_frame)))
             elif path.suffix.lower() in VIDEO_SUFFIXES:
-                found += [(medium.path, uri) for uri in _video_frames(path, side)]
+                frames = video_pictures(path, MAX_FRAMES)
+                found += [(medium.path, _encode(frame, side)) for frame in frames]
             else:
                 with Image.open(path) as image:
                     found.append((medium.path, _encode(image, side, own)))

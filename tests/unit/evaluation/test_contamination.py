@@ -216,6 +216,28 @@ def test_rooms_from_metadata(tmp_path):
     assert co.rescans(tmp_path / "3RScan.json") == {"3rscan/a": "3rscan/a", "3rscan/b": "3rscan/a"}
 
 
+def test_a_video_is_hashed_by_eight_of_its_frames(tmp_path):
+    import av
+
+    from spatialvlm.errors import DataError
+
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        for shade in range(0, 200, 10):
+            pixels = np.full((64, 64, 3), shade, np.uint8)
+            pixels[: 4 + shade // 5, 32:] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        container.mux(stream.encode())
+    assert len(co.picture_hashes(path)) == 8
+    assert len(co.video_pictures(path, 100)) == 20
+    for name in ("broken.mp4", "broken.png"):
+        (tmp_path / name).write_bytes(b"nothing")
+        with pytest.raises(DataError, match=f"{name} is no readable"):
+            co.picture_hashes(tmp_path / name)
+
+
 def test_videos_need_three_similar_frames():
     keys = co.BenchmarkKeys("v", co.Blacklist([]))
     keys.hashes = np.array([0, 2**60, 2**40 - 1], dtype=np.uint64)
