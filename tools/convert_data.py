@@ -184,7 +184,7 @@ def read_items(source: Source, args: argparse.Namespace) -> Iterator[Item]:
     if not args.decontaminate:
         yield from items
         return
-    from spatialvlm.data.hooks import scene_names
+    from spatialvlm.data.sample import scene_names
     from spatialvlm.scenes.blacklist import Blacklist
 
     blacklist = Blacklist()

@@ -19,10 +19,9 @@ from typing import Any, Literal
 
 from spatialvlm.data.formats import SourceAttrs, sample_to_json
 from spatialvlm.data.formats.conversation import has_marker
-from spatialvlm.data.hooks import scene_names
 from spatialvlm.data.media.paths import resolve
 from spatialvlm.data.media.video import list_frames
-from spatialvlm.data.sample import MediaRef, Sample
+from spatialvlm.data.sample import MediaRef, Sample, scene_names
 from spatialvlm.data.sources import Source
 from spatialvlm.errors import DataError, MediaError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from spatialvlm.data.sample import Sample
@@ -39,19 +39,3 @@ ExpandFormat = Callable[[Sample, int], Sample]
 
 SceneCheck = Callable[[str], "tuple[str, ...] | None"]
 """Text -> names of the block lists it hits; None when it names no known scene or room."""
-
-
-def scene_names(sample: Sample) -> Iterator[str]:
-    """Everything of a sample that may name its scene or room: ids, and what its media are or were called."""
-    named = [sample.scene_id, sample.room_id]
-    named += [sample.meta.get(key) for key in ("scene_name", "scan_id", "video_id")]
-    originals = sample.meta.get("media_names")
-    named += originals if isinstance(originals, list) else []
-    for value in named:
-        if value is not None and value != "":
-            yield str(value)
-    for ref in sample.media:
-        if ref.store == "tar" or (ref.store == "frames" and ref.member):
-            yield from [f"{ref.path}/{name}" for name in ref.member.split("\n")]
-        else:
-            yield ref.path

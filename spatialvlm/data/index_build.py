@@ -16,7 +16,7 @@ import numpy as np
 
 from spatialvlm.data.containers import JsonLines, RawRow
 from spatialvlm.data.faults import INDEX_REASONS
-from spatialvlm.data.hooks import SceneCheck, scene_names
+from spatialvlm.data.hooks import SceneCheck
 from spatialvlm.data.index import (
     COLUMNS,
     FLAG_BLOCKED,
@@ -27,7 +27,7 @@ from spatialvlm.data.index import (
     media_and_prefix_key,
     stable_hash,
 )
-from spatialvlm.data.sample import Sample
+from spatialvlm.data.sample import Sample, scene_names
 from spatialvlm.data.sources import Source, locked
 from spatialvlm.errors import BudgetError, DataError
 

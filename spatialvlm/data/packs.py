@@ -17,8 +17,6 @@ from spatialvlm.errors import DataError
 from spatialvlm.typing import Batch, ModalityFlags
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from spatialvlm.data.mixture import Mixture
     from spatialvlm.data.sample import LengthArray
     from spatialvlm.typing import IntArray
@@ -33,7 +31,7 @@ class PackTask(NamedTuple):
     flags: ModalityFlags
 
 
-Planned = dict[Draw, "npt.NDArray[np.void]"]
+Planned = dict[Draw, np.void]
 """Draw -> its record of ``LENGTH_DTYPE``."""
 
 
@@ -61,8 +59,8 @@ class PackBuilder:
     """Plans of packs -> batches; sent to every worker once.
 
     Rows of a unit whose media cannot be loaded are replaced by those of the next unit of its lane that can,
-    need no more tokens than planned, and have the same kinds of media. That is a function of the data alone, so every rank and every
-    number of workers makes the same choice and the plan stays valid.
+    need no more tokens than planned, and have the same kinds of media. That is a function of the data alone,
+    so every rank and every number of workers makes the same choice and the plan stays valid.
     """
 
     encoder: SampleEncoder

@@ -8,7 +8,7 @@ together, a *lane* all units of one size of one source.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -203,6 +203,22 @@ def count_notes(notes: npt.NDArray[np.uint8]) -> dict[str, int]:
     """Samples per entry of ``NOTES``, without zeros."""
     counts = {name: int(np.sum((notes >> bit) & 1)) for bit, name in enumerate(NOTES)}
     return {name: count for name, count in counts.items() if count}
+
+
+def scene_names(sample: Sample) -> Iterator[str]:
+    """Everything of a sample that may name its scene or room: ids, and what its media are or were called."""
+    named = [sample.scene_id, sample.room_id]
+    named += [sample.meta.get(key) for key in ("scene_name", "scan_id", "video_id")]
+    originals = sample.meta.get("media_names")
+    named += originals if isinstance(originals, list) else []
+    for value in named:
+        if value is not None and value != "":
+            yield str(value)
+    for ref in sample.media:
+        if ref.store == "tar" or (ref.store == "frames" and ref.member):
+            yield from [f"{ref.path}/{name}" for name in ref.member.split("\n")]
+        else:
+            yield ref.path
 
 
 @dataclass(frozen=True, slots=True)

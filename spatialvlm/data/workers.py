@@ -82,9 +82,8 @@ class WorkerPool:
             if self._collector is None:
                 self._closing, self._error = False, None
                 self._workers = [self._launch() for _ in range(self.num_workers)]
-                atexit.register(
-                    self.close
-                )  # the library would ask them to end, and they do not listen
+                # At exit the library would ask them to end with a signal, and they ignore it.
+                atexit.register(self.close)
                 self._collector = threading.Thread(target=self._collect, daemon=True)
                 self._collector.start()
             self._start_tasks()

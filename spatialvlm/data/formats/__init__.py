@@ -11,7 +11,8 @@ from typing import Any
 
 from spatialvlm.data.formats.base import Format, Place, Row, SourceAttrs
 from spatialvlm.data.formats.canonical import read_canonical, sample_to_json
-from spatialvlm.data.formats.conversation import check_excluded, read_conversation
+from spatialvlm.data.formats.conversation import read_conversation
+from spatialvlm.data.formats.fields import cell_names
 from spatialvlm.data.formats.rows import read_rows
 from spatialvlm.data.formats.scene_qa import read_referring, read_scanqa, read_sqa3d
 from spatialvlm.data.formats.spar import is_spar, read_spar
@@ -160,9 +161,21 @@ def read_row(
     samples = fmt.read(row, source, place, fmt)
     for sample in samples:
         if source.exclude_prefixes:
-            check_excluded(row, sample.media, source, place)
+            _check_excluded(row, sample, source, place)
         _check_unicode(sample, place)
     return samples
+
+
+def _check_excluded(row: Row, sample: Sample, source: SourceAttrs, place: Place) -> None:
+    """Refuse a row whose media, folders or scene start with one of ``exclude_prefixes``."""
+    names = [row.get("scene_name"), row.get("scene_id"), row.get("data_source")]
+    for path in (*[ref.path for ref in sample.media], *cell_names(row)):
+        names += path.split("/")
+    for name in names:
+        if isinstance(name, str) and name.startswith(source.exclude_prefixes):
+            raise place.error(
+                "excluded", f"is left out: {name!r} starts with a prefix of exclude_prefixes."
+            )
 
 
 def _check_unicode(sample: Sample, place: Place) -> None:

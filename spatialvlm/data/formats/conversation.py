@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 from spatialvlm.data.formats.base import Format, Place, Row, SourceAttrs
@@ -331,18 +331,6 @@ def _count_error(
         f"has {markers} <{kind}> marker{'s' * (markers != 1)} and "
         f"{len(media)} {noun}{'s' * (len(media) != 1)}. {fix}",
     )
-
-
-def check_excluded(row: Row, media: Iterable[MediaRef], attrs: SourceAttrs, place: Place) -> None:
-    """Refuse a row whose media, folders or scene start with one of ``exclude_prefixes``."""
-    names = [row.get("scene_name"), row.get("scene_id"), row.get("data_source")]
-    for path in (*[ref.path for ref in media], *cell_names(row)):
-        names += path.split("/")
-    for name in names:
-        if isinstance(name, str) and name.startswith(attrs.exclude_prefixes):
-            raise place.error(
-                "excluded", f"is left out: {name!r} starts with a prefix of exclude_prefixes."
-            )
 
 
 def _markers_to_front(turns: list[tuple[Role, list[Piece], bool]]) -> None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from spatialvlm.data.formats import SourceAttrs
-from spatialvlm.data.hooks import scene_names
+from spatialvlm.data.sample import scene_names
 from spatialvlm.data.sources import Source
 from spatialvlm.errors import DataError
 from spatialvlm.scenes.io import iter_scenes, save_scene

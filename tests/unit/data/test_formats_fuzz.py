@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from spatialvlm.data.faults import INDEX_REASONS
 from spatialvlm.data.formats import FORMATS, Place, SourceAttrs, read_row, sample_to_json
 from spatialvlm.data.formats.base import media_path
-from spatialvlm.data.hooks import scene_names
 from spatialvlm.data.index import media_and_prefix_key
 from spatialvlm.data.media.paths import resolve
+from spatialvlm.data.sample import scene_names
 from spatialvlm.data.sources import Source
 from spatialvlm.errors import ConfigError, DataError, MediaError
 from tests.unit.data.test_formats import CASES, generated, talk

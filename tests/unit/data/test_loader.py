@@ -221,8 +221,6 @@ def test_shortened_samples_are_counted(tiny_checkpoint, toy_config, tmp_path, le
 
 
 def test_changed_file_is_noticed(tiny_checkpoint, toy_config, tmp_path, toy_data):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(toy_data, copy)
     source = {"name": "sp", "family": "spatial", "files": ["spatial.jsonl"], "root": str(copy)}
@@ -271,7 +269,6 @@ def test_more_ranks_than_packs_get_dummies(tiny_checkpoint, toy_config):
 
 def test_boxes_in_the_backbones_convention(tiny_checkpoint, toy_data, toy_config, tmp_path):
     import json
-    import shutil
 
     copy = tmp_path / "copy"
     shutil.copytree(toy_data, copy)
