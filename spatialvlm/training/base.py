@@ -12,7 +12,7 @@ from typing import Any
 from spatialvlm.config import TrainConfig, read_yaml
 from spatialvlm.config.geometry import PositionsConfig
 from spatialvlm.errors import CheckpointError, ConfigError
-from spatialvlm.training.checkpoint_files import manifest_of
+from spatialvlm.training.checkpoint_files import file_digest, manifest_of
 
 
 def check_base(
@@ -114,9 +114,8 @@ def _check_backbone(config: TrainConfig, path: Path) -> None:
 def other_size(config: TrainConfig, folder: Path) -> str | None:
     """A warning when a model directory is another size of the family than ``model.backbone``."""
     found = _read_json(folder / "config.json", "model configuration")
-    found = (
-        found.get("text_config") or found
-    )  # the hub's Qwen2.5-VL has no section for the language model
+    # The hub's Qwen2.5-VL has no section for the language model.
+    found = found.get("text_config") or found
     expected = backbone_config(config.model.backbone)["text_config"]
     sizes = [(text.get("num_hidden_layers"), text.get("hidden_size")) for text in (found, expected)]
     if sizes[0] == sizes[1]:
@@ -219,29 +218,27 @@ def base_fingerprint(folder: Path) -> str:
 def folder_manifest(folder: Path) -> dict[str, list[Any]]:
     """Size and sha256 of every file of a model directory."""
     return {
-        str(file.relative_to(folder)): [
-            file.stat().st_size,
-            hashlib.sha256(file.read_bytes()).hexdigest(),
-        ]
+        str(file.relative_to(folder)): list(file_digest(file))
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
 
 
 def _check_manifest(folder: Path) -> dict[str, Any]:
-    """Every exported file is as it was written; returns the hash of the list."""
+    """``{"manifest_sha256": ...}`` when every exported file is as it was written; ``{}`` without a list of them."""
     path = folder.parent / f"{folder.name}.manifest.json"
     if not path.is_file():
         return {}
     expected = _read_json(path, "list of exported files")
+    again = "Copy it again, or export a checkpoint of that run with tools/export.py."
     for name, (size, digest) in expected.items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != size:
             raise CheckpointError(
-                f"{file} is missing or has another size than when it was exported."
+                f"{file} is missing or has another size than when it was exported (expected {size} bytes). {again}"
             )
-        if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-            raise CheckpointError(f"{file} has another sha256 than when it was exported.")
+        if file_digest(file)[1] != digest:
+            raise CheckpointError(f"{file} has another sha256 than when it was exported. {again}")
     return {"manifest_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 

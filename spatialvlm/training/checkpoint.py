@@ -169,7 +169,8 @@ class CheckpointStore:
             return files
 
         rows = [(s.fqn, s.offset, s.numel) for s in slices]
-        return PendingSave(step, engine, snapshot, rows, _in_thread(write) if background else _now(write))  # fmt: skip
+        files = _in_thread(write) if background else _now(write)
+        return PendingSave(step, engine, snapshot, rows, files)
 
     def commit(self, pending: PendingSave) -> Path:
         """Wait for this rank's files and make the checkpoint valid, on all ranks.

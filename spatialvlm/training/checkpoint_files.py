@@ -137,7 +137,9 @@ def verify(
         raise CheckpointError(f"{path}: manifest.json does not match COMPLETE.")
     manifest: dict[str, Any] = json.loads(manifest_bytes)
     if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path}: format {manifest['format']}, this version reads {FORMAT}.")
+        raise CheckpointError(
+            f"{path}: format {manifest['format']}, this version reads {FORMAT}. Resume with the version that wrote it."
+        )
     for number, (name, (size, digest)) in enumerate(manifest["files"].items()):
         file = path / name
         if not file.is_file():

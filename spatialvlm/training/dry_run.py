@@ -161,9 +161,10 @@ def describe_files(config: TrainConfig, trainable: int, total: int) -> str:
     if config.lora is not None and not config.export.merge_lora:
         lines.append(f"adapters: {final}, about {4 * trainable / GB:.1f} GB")
     else:
-        width = 4 if "fp32" in (config.export.dtype, config.precision) else 2
-        doubled = ", twice the size of bf16" if config.export.dtype == "fp32" else ""
-        lines.append(f"model: {final}, about {width * total / GB:.1f} GB{doubled}")
+        fp32 = config.export.dtype == "fp32"
+        size = (4 if fp32 else 2) * total / GB
+        note = "twice the size of bf16" if fp32 else "from a bf16 base"
+        lines.append(f"model: {final}, about {size:.1f} GB, {note}")
     return "\n".join(lines)
 
 

@@ -15,8 +15,9 @@ from spatialvlm.errors import ConfigError
 GEOMETRY_ENCODER_GB = 1.77
 """VGGT's first 23 aggregator pairs in bf16."""
 GB = 1e9
-VISION_WIDTH = {"qwen2_5_vl": 30, "qwen3_vl": 22, "internvl": 20}
-"""Fused query-key-value keeps its whole result (6) beside its rotated parts; RMSNorm keeps fp32 copies (8)."""
+VISION_BYTES = {"qwen2_5_vl": 30, "qwen3_vl": 22, "internvl": 20}
+"""``Decoder.vision_bytes`` by ``model_type``: a fused query-key-value keeps its whole result (6) beside its rotated
+parts; RMSNorm keeps fp32 copies (8)."""
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 
@@ -35,18 +36,19 @@ class Decoder:
     qk_norm: bool = False
     gated: bool = True
     """SwiGLU MLP (three matrices) or a plain two-matrix MLP."""
-    vision_width: int = 0
-    """Bytes per unit of width that a vision block saves beside its MLP; 0 = a language-model layer."""
+    vision_bytes: int = 0
+    """Bytes per patch and unit of ``hidden`` that a vision block saves beside its MLP; 0 = a language-model layer."""
 
     def activation_bytes(self) -> int:
         """Bytes one layer saves per token for its backward pass, bf16 with flash or SDPA attention.
 
-        A count with saved-tensor hooks differs by 0.2 %, what layers share (rotary tables) left out: 256 to 640 bytes.
+        Counts with saved-tensor hooks differ by less than 0.2 % (left out: rotary tables, 256 to 640 bytes that all
+        layers share).
         """
         d_kv = self.kv_heads * self.head_dim
         mlp = 8 * self.intermediate if self.gated else 4 * self.intermediate
-        if self.vision_width:
-            return mlp + self.vision_width * self.hidden + 4 * self.heads + 8
+        if self.vision_bytes:
+            return mlp + self.vision_bytes * self.hidden + 4 * self.heads + 8
         saved = mlp + 20 * self.hidden + 4 * d_kv + 4 * self.heads + 264
         if self.qk_norm:
             saved += 6 * (self.heads + self.kv_heads) * self.head_dim + 4 * (
@@ -86,8 +88,8 @@ def vision_decoder(config: Mapping[str, Any]) -> Decoder:
         heads=heads,
         kv_heads=heads,
         head_dim=vision["hidden_size"] // heads,
-        gated=config.get("model_type") == "qwen2_5_vl",
-        vision_width=VISION_WIDTH.get(config["model_type"], 22),
+        gated=config["model_type"] == "qwen2_5_vl",
+        vision_bytes=VISION_BYTES[config["model_type"]],
     )
 
 

@@ -95,8 +95,9 @@ class FolderLock:
 
     def _beat(self) -> None:
         while not self._released.wait(self.beat_s):
-            with suppress(OSError):  # whoever writes there next says what is wrong
-                os.utime(self.path)
+            if self.holder() == self.me:  # else another launch has taken it over
+                with suppress(OSError):  # whoever writes there next says what is wrong
+                    os.utime(self.path)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -253,7 +253,8 @@ def verify_groups(optimizer: Any, groups: Sequence[Group], factor: float) -> Non
     planned = [(g.name, g.lr * factor, g.weight_decay) for g in groups]
     if found != planned:
         raise ConfigError(
-            f"The engine's optimizer groups differ from the plan.\n  planned {planned}\n  found   {found}"
+            f"The engine's optimizer groups differ from the plan.\n  planned {planned}\n  found   {found}\n"
+            "Remove what changes optimizer.param_groups; rates and decay come from the optim section alone."
         )
 
 

@@ -123,9 +123,7 @@ class Recorder:
         for unit in ("samples", "tokens", "label_tokens", "patches"):
             counts = getattr(shares, unit, None)
             if counts:
-                own = self._shares.setdefault(
-                    unit.removeprefix("label_") if unit != "label_tokens" else "labels", {}
-                )
+                own = self._shares.setdefault("labels" if unit == "label_tokens" else unit, {})
                 for name, value in counts.items():
                     own[name] = own.get(name, 0.0) + value
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 from spatialvlm.errors import ConfigError, LaunchError
 from spatialvlm.training.distributed import Processes
@@ -109,8 +110,6 @@ def test_bf16_on_a_cpu_is_for_tests_only(launcher, monkeypatch):
 
 
 def test_shipped_launcher_files_name_the_json_of_their_strategy():
-    import yaml
-
     for path in sorted((ROOT / "configs" / "accelerate").glob("*.yaml")):
         file = yaml.safe_load(path.read_text())
         assert {"mixed_precision", "gradient_accumulation_steps"}.isdisjoint(file), path
