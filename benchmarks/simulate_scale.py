@@ -356,7 +356,8 @@ def control_traffic(clients: int = 512, seconds: float = 10.0, period: float = 5
     for thread in threads:
         thread.join()
     return {
-        "header_bytes_per_step": 8 * len(fields(StepHeader)),
+        "header_bytes_per_step": 8 * (len(fields(StepHeader)) - 1),
+        "header_bytes_per_source": 8,
         "heartbeat_bytes": len(beat),
         "heartbeat_writes_per_s": round(clients / period, 1),
         **{
