@@ -137,6 +137,24 @@ def plan_from(arguments: argparse.Namespace) -> SynthesisPlan:
     return dataclasses.replace(plan, wording=wording)
 
 
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Refuse numbers that would make no rows, or rows nobody asked for.
+
+    Raises:
+        ConfigError: Names the option and its range.
+    """
+    for name, low, high in (
+        ("limit", 1, None),
+        ("sentences", 0, 1),
+        ("max_failed", 0, 1),
+        ("scene_timeout", 0, None),
+    ):
+        value = getattr(arguments, name)
+        if value is not None and not (value >= low and (high is None or value <= high)):
+            span = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise ConfigError(f"--{name.replace('_', '-')} must be {span}, got {value}.")
+
+
 def shard_of(text: str) -> tuple[int, int]:
     """``"1/3"`` to ``(1, 3)``."""
     index, _, count = text.partition("/")
@@ -213,6 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.scenes is None:
             raise ConfigError("--scenes is missing: name the folder of the scenes.")
+        check_numbers(arguments)
         plan = plan_from(arguments)
         shard = shard_of(arguments.shard)
         blocked = blocked_scenes(arguments)

@@ -321,3 +321,20 @@ def test_counts_and_rows_of_twins_agree(scenes, tmp_path):
     assert len(made) > 4 * 6
     for task in ("dist_abs", "left_right"):
         assert summary.counters[task, "rows"] == sum(row["task"] == task for row in made)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--limit", "0"), ("--sentences", "20"), ("--max-failed", "-0.1"), ("--scene-timeout", "-1")],
+)
+def test_numbers_out_of_range_end_the_command(scenes, tmp_path, capsys, option, value):
+    command = runpy.run_path(str(ROOT / "tools" / "synthesize.py"))["main"]
+    out = tmp_path / "rows"
+    assert (
+        command(
+            ["--scenes", str(scenes), "--tasks", "left_right", "--out", str(out), option, value]
+        )
+        == 2
+    )
+    assert f"{option} must be" in capsys.readouterr().err
+    assert not out.exists()
