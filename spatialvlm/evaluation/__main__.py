@@ -16,7 +16,7 @@ from pathlib import Path
 from spatialvlm.errors import USER_ERRORS
 from spatialvlm.evaluation.conventions import with_conventions
 from spatialvlm.evaluation.predictions import by_row_number, read_manifest, read_predictions
-from spatialvlm.evaluation.prompts import MEDIA_MODES, build_messages
+from spatialvlm.evaluation.prompts import MEDIA_MODES, build_messages, derangement
 from spatialvlm.evaluation.reading import load_items
 from spatialvlm.evaluation.registry import BENCHMARKS, check_media, find_spec, load_benchmark
 from spatialvlm.evaluation.schema import PROTOCOLS
@@ -111,6 +111,7 @@ def _prompts(args: argparse.Namespace) -> None:
     benchmark = load_benchmark(args.bench, args.data, media_root=args.media_root)
     if args.check_media:
         check_media(benchmark)
+    donors = derangement(benchmark) if args.media == "shuffle" else {}
     for item in benchmark.items[: args.limit]:
         messages = build_messages(
             item,
@@ -118,6 +119,7 @@ def _prompts(args: argparse.Namespace) -> None:
             check_protocol(args.protocol),
             args.media,
             root=benchmark.media_root,
+            donor=donors.get(item.key),
             allow_absolute=args.allow_absolute_media,
         )
         print(json.dumps({"id": item.id, "messages": messages}, ensure_ascii=False, default=repr))

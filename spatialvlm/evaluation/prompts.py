@@ -183,6 +183,8 @@ def build_messages(
         bare = _MARKER.sub("", text)
         text = bare if bare == text else bare.strip()
     else:
+        if media == "shuffle" and donor is None:
+            raise ConfigError(f"item {item.id}: media=shuffle needs a donor; see derangement")
         row = donor.row if media == "shuffle" and donor is not None else item.row
         parts = media_parts(item_media(row, spec), root, allow_absolute=allow_absolute)
         if media == "blank":
@@ -204,7 +206,10 @@ def build_messages(
 def derangement(benchmark: Benchmark, seed: int = 0) -> dict[tuple[str, str], Item]:
     """For ``media=shuffle``: an item of the same question type and another cluster for every item.
 
-    Items whose type has a single cluster keep their own media.
+    A type with a single cluster borrows from the other types.
+
+    Raises:
+        ConfigError: All items are about one scene.
     """
     rng = random.Random(seed)
     by_type: dict[str, list[Item]] = {}
@@ -214,5 +219,11 @@ def derangement(benchmark: Benchmark, seed: int = 0) -> dict[tuple[str, str], It
     for _, items in sorted(by_type.items()):
         for item in items:
             others = [other for other in items if other.cluster != item.cluster]
-            donors[item.key] = rng.choice(others) if others else item
+            others = others or [o for o in benchmark.items if o.cluster != item.cluster]
+            if not others:
+                raise ConfigError(
+                    f"media=shuffle: all items of {benchmark.spec.name} show {item.cluster}, there is no other scene; "
+                    "use media=blank or drop"
+                )
+            donors[item.key] = rng.choice(others)
     return donors

@@ -127,6 +127,10 @@ def _item(spec: BenchmarkSpec, row: Row, number: int, path: Path) -> Item:
             f"{path}: row {number} of {spec.name} has no column {error}; found: {', '.join(map(str, row))}"
             f"{closest(str(error.args[0]), map(str, row))}"
         ) from None
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
+        raise DataError(
+            f"{path}: row {number} is no row of {spec.name}: {error}; fix the row, or is this another benchmark's file?"
+        ) from None
 
 
 def load_items(

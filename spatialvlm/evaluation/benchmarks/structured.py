@@ -294,6 +294,8 @@ def _parse_intern(row: Row, item_id: str) -> Item:
     if present(row.get("options")):
         letter, options = bare_letter(row["answer"]), lettered(row["options"])
         return choice_item(row, item_id, letter, options, kind, cluster=cluster)
+    if present(row.get("judge")):
+        float(str(row["judge"]))  # refused here, not after an hour of answering
     return Item(item_id, "judged", str(row["answer"]), kind, cluster, row=row)
 
 

@@ -1,11 +1,21 @@
 """Exact prompt text of every benchmark and protocol, and where pictures go."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from spatialvlm.errors import ConfigError, DataError
+from spatialvlm.evaluation.__main__ import main
 from spatialvlm.evaluation.asks import make_asks
-from spatialvlm.evaluation.prompts import build_messages, frame_indices, interleave, prompt_text
-from spatialvlm.evaluation.registry import BENCHMARKS, find_spec
+from spatialvlm.evaluation.prompts import (
+    build_messages,
+    derangement,
+    frame_indices,
+    interleave,
+    prompt_text,
+)
+from spatialvlm.evaluation.registry import BENCHMARKS, find_spec, load_benchmark
 
 OPTIONS = {"A": "chair", "B": "bed"}
 LETTERS = {"A": "chair", "B": "bed", "question": "Which?", "answer": "A"}
@@ -245,3 +255,21 @@ def test_dropping_media_leaves_the_text_alone():
     )
     assert dropped == [part for part in real if part["type"] == "text"]
     assert dropped[0]["text"].endswith("above. \n")
+
+
+def test_shuffled_media_are_never_the_own_ones(tmp_path, capsys):
+    """Also for a type with one scene, and in the command that prints prompts."""
+    row = {"question": "Q?", "options": ["A. x", "B. y"], "ground_truth": "A", "dataset": "d"}
+    rows = [
+        {**row, "id": 1, "scene_name": "s1", "question_type": "route_planning"},
+        {**row, "id": 2, "scene_name": "s2", "question_type": "object_rel_distance"},
+    ]
+    path = tmp_path / "vsi.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert main(["prompts", "--bench", "vsi_bench", "--data", str(path), "--media", "shuffle"]) == 0
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    videos = [s["messages"][0]["content"][0]["video"] for s in shown]
+    assert [Path(v).name for v in videos] == ["s2.mp4", "s1.mp4"]
+    path.write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(ConfigError, match=r"all items of vsi_bench show d/s1"):
+        derangement(load_benchmark("vsi_bench", path))

@@ -309,6 +309,21 @@ def test_a_row_without_a_column_that_others_have(tmp_path):
         load_benchmark("vsi_bench", write(tmp_path / "rows.jsonl", rows))
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "reason"),
+    [
+        ("embspatial", {"question_id": 1, "answer": "B", "answer_options": ["x", "y"], "relation": "r",
+                        "data_source": "s"}, "invalid literal for int"),
+        ("internspatial", {"id": 1, "category": "size", "answer": "big", "judge": "good"}, "could not convert"),
+        ("spatialvlm_rows", {"id": 1, "task": "t", "answer_type": "mcq", "answer_json": '"x"', "messages": None},
+         "not iterable"),
+    ],
+)  # fmt: skip
+def test_rows_of_the_wrong_kind_are_one_line(name, row, reason, tmp_path):
+    with pytest.raises(DataError, match=rf"row 0 is no row of {name}: .*{reason}.*fix the row"):
+        load_benchmark(name, write(tmp_path / "rows.jsonl", [row]))
+
+
 def test_mindcube_without_its_prompts_says_so(tmp_path):
     row = {"id": "around_1", "gt_answer": "A", "question": "Q? A. x B. y"}
     for given, expected in ((row, True), ({**row, "input_prompt": "P"}, False)):
