@@ -84,11 +84,18 @@ COMPOSITE = ("blink", "all_angles", "erqa", "vsi_bench", "dsr3", "mmsi", "cv_ben
 
 
 def composite_table(benchmarks: dict[str, list[BenchRun]]) -> str:
-    """Headlines of all benchmarks side by side, with 3D-Avg when all eight members are there."""
+    """Headlines of all benchmarks side by side, with 3D-Avg when all eight members are there and none is partial."""
     if len(benchmarks) < 2:
         return ""
     labels = list(dict.fromkeys(run.label for runs in benchmarks.values() for run in runs))
     values: dict[str, dict[str, float]] = {label: {} for label in labels}
+    partial = {
+        (run.label, name)
+        for name, runs in benchmarks.items()
+        for run in runs
+        # A file of CV-Bench's 3D half is whole as far as 3D-Avg goes.
+        if run.result["partial"] and not (name == "cv_bench" and run.result["missing_types"])
+    }
     for name, runs in benchmarks.items():
         for run in runs:
             values[run.label][name] = run.result["headline"]["value"]
@@ -98,7 +105,10 @@ def composite_table(benchmarks: dict[str, list[BenchRun]]) -> str:
     lines = [f"<tr><th>run</th>{head}<th>3D-Avg</th></tr>"]
     for label in labels:
         own = values[label]
-        members = [own.get("acc_3d" if name == "cv_bench" else name) for name in COMPOSITE]
+        members = [
+            None if (label, name) in partial else own.get("acc_3d" if name == "cv_bench" else name)
+            for name in COMPOSITE
+        ]
         cells = "".join(f"<td>{number(own.get(name))}</td>" for name in benchmarks)
         lines.append(f"<tr><td>{esc(label)}</td>{cells}<td>{number(composite(members))}</td></tr>")
     return f'<h2>All benchmarks</h2><div class="scroll"><table>{"".join(lines)}</table></div>'

@@ -424,14 +424,19 @@ def test_composite_needs_all_members():
     from spatialvlm.evaluation.report import COMPOSITE, composite_table
     from spatialvlm.evaluation.runs import BenchRun
 
-    def run(name, value):
+    def run(name, value, missing=None):
         extra = {"acc_3d": 90.0} if name == "cv_bench" else {}
-        result = {"headline": {"value": value}, "extra": extra}
+        facts = {"partial": missing is not None, "missing_types": missing or []}
+        result = {"headline": {"value": value}, "extra": extra, **facts}
         return [BenchRun("model", "#000", None, result, {})]
 
     values = dict.fromkeys(COMPOSITE, 50.0)
     page = composite_table({name: run(name, value) for name, value in values.items()})
     assert "<td>55.0</td></tr>" in page  # seven times 50 and 90 for the 3D half of CV-Bench
+    whole = {name: run(name, value) for name, value in values.items()}
+    assert "<td>–</td></tr>" in composite_table({**whole, "mmsi": run("mmsi", 50.0, [])})
+    half = run("cv_bench", 50.0, ["COCO", "ADE20K"])
+    assert "<td>55.0</td></tr>" in composite_table({**whole, "cv_bench": half})
     del values["erqa"]
     assert "<td>–</td></tr>" in composite_table({name: run(name, 50.0) for name in values})
     assert composite_table({"vsi_bench": run("vsi_bench", 50.0)}) == ""
