@@ -485,7 +485,7 @@ def _planned_schedule(
 
 def _saver(config: TrainConfig, run: OpenRun, state: TrainState, guard: Guard) -> Saver:
     def after_save(path: Path) -> None:
-        run.folder.record(state="running", step=step_of(path), checkpoint=path.name)
+        run.folder.record(state="running", step=step_of(path), checkpoint=path.name, fruitless=0)
         if config.log.report:
             update_report(run.path, config)
 

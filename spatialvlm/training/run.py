@@ -216,6 +216,7 @@ def open_run(config: TrainConfig, arguments: Arguments, processes: Processes) ->
             stage=config.stage,
             attempts=attempt,
             fruitless=_fruitless(previous, step),
+            started_at=step,
             step=step,
             reason=None,
             started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -225,8 +226,13 @@ def open_run(config: TrainConfig, arguments: Arguments, processes: Processes) ->
 
 
 def _fruitless(previous: Mapping[str, Any], step: int) -> int:
-    """Launches in a row that died before their first checkpoint: whoever requeues them must end some day."""
-    died = previous.get("state") == "running" and previous.get("step") == step
+    """Launches in a row that died before their first checkpoint: whoever requeues them must end some day.
+
+    Args:
+        previous: ``run.json`` of the launch before.
+        step: Where this one starts; a launch that left no newer checkpoint started there too.
+    """
+    died = previous.get("state") == "running" and previous.get("started_at") == step
     return int(previous.get("fruitless", 0)) + 1 if died else 0
 
 
@@ -266,11 +272,10 @@ def _enter(
     previous = folder.open()
     try:
         found = checkpoints_in(folder.path / "checkpoints")
-        if not found and not previous.get("step"):
-            previous = {}  # nothing was ever trained here
-        if previous:
+        used = bool(found or previous.get("step"))
+        if previous and used:
             _compare(config, folder.path)
-        if config.run.resume == "none" and (found or previous):
+        if config.run.resume == "none" and used:
             raise LaunchError(
                 f"{folder.path} already holds a run (state {previous.get('state')!r}, {len(found)} checkpoints). Use "
                 "run.resume=auto to continue it, or a new run.dir."
@@ -278,6 +283,8 @@ def _enter(
     except USER_ERRORS:
         folder.unlock()
         raise
+    if not used:  # nothing was ever trained here
+        previous = {k: previous[k] for k in ("state", "started_at", "fruitless") if k in previous}
     return previous, base, lineage
 
 

@@ -31,8 +31,8 @@ def status_of(run_dir: Path) -> tuple[int, str]:
         return FINISHED, line
     if state == "running" and record.get("fruitless", 0) + 1 >= MAX_FRUITLESS:
         return FAILED, (
-            f"{MAX_FRUITLESS} launches in a row died at step {step} before the next checkpoint; see logs/rank-*.log in "
-            f"{run_dir}, then start it by hand"
+            f"{MAX_FRUITLESS} launches in a row died after step {record.get('started_at')} before the next checkpoint; see "
+            f"logs/rank-*.log in {run_dir}, then start it by hand"
         )
     if state in ("preempted", "running"):
         return RESUMABLE, line

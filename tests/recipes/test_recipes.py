@@ -76,20 +76,26 @@ def test_a_checkpoint_becomes_the_model_that_final_would_hold(run, recipe, tmp_p
 
 
 def test_a_run_that_always_dies_is_not_requeued_for_ever(run, recipe, tmp_path, monkeypatch):
+    """Whether it dies at once or logs steps first; a launch that leaves a checkpoint may be requeued."""
     config, folder = recipe(1, "qwen3vl"), f"run.dir={tmp_path / 'run'}"
-    assert run(1, config, folder, "run.stop_after_steps=2") == 0
 
-    def broken(*_):
-        raise RuntimeError("a bug")
+    def dies_at(step):
+        def at(name, *, step, rank, last=step):
+            if step == last:
+                raise RuntimeError("a bug")
 
-    with monkeypatch.context() as patched:
-        patched.setattr("spatialvlm.training.loop.to_device", broken)
-        for code in (75, 75, 1):
+        with monkeypatch.context() as patched:
+            patched.setattr("spatialvlm.training.loop.fault_point", at)
             with pytest.raises(RuntimeError, match="a bug"):
                 run(1, config, folder)
-            assert status_of(tmp_path / "run")[0] == code
-    assert "launches in a row died at step 2" in status_of(tmp_path / "run")[1]
-    assert run(1, config, folder) == 0  # by hand it goes on
+        return status_of(tmp_path / "run")
+
+    assert [dies_at(step)[0] for step in (0, 1, 2)] == [75, 75, 1]
+    assert "launches in a row died after step 0 before" in status_of(tmp_path / "run")[1]
+    assert dies_at(4)[0] == 75  # started by hand it reached the checkpoint of step 3
+    assert run(1, config, folder) == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["started_at"], record["fruitless"]) == (3, 0)
     assert status_of(tmp_path / "run")[0] == 0
 
 
