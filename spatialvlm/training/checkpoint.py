@@ -363,7 +363,7 @@ class CheckpointStore:
         problem = ""
         try:
             verify(path, mode=self.verify_mode, part=(self.processes.rank, self.processes.size))
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:  # a disk may fail one rank alone
             problem = str(error)
         return next(filter(None, self.processes.gather(problem)), "")
 
