@@ -244,7 +244,7 @@ def test_a_folder_in_use_is_refused_and_a_dead_owner_replaced(tmp_path):
         ),
         (
             "synthesize.py --merge-manifest --out FOLDER/none",
-            "No such file or directory: 'FOLDER/none",
+            "FOLDER/none: no sidecar part-*-of-*.json to merge",
         ),
         ("verify_qa.py FOLDER --scenes FOLDER", "FOLDER/scene.json: not a JSON file"),
         ("audit_qa.py FOLDER", "FOLDER/a.parquet is not a readable parquet file"),
