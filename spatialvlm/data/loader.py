@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from spatialvlm.typing import IntArray
 
 STATE_VERSION = 1
+_PACKS = "packs (of packing, step.lookahead, step.packs_per_step and the model)"
 
 logger = logging.getLogger(__name__)
 
@@ -313,7 +314,7 @@ class StepLoader:
         parts = dict(self.mixture.parts)
         wanted = self.composition
         if wanted.unit == "packs":  # a number inside a window counts packs, which these decide
-            parts["windows"] = digest(
+            parts[_PACKS] = digest(
                 [repr(self.packing), repr(self.cost), wanted.lookahead, wanted.packs_per_step]
             )
         return parts
@@ -328,7 +329,7 @@ class StepLoader:
         self._pack = int(state["pack"])
         parts, saved = self._parts(), state["parts"]
         differ = [name for name in sorted(parts | saved) if parts.get(name) != saved.get(name)]
-        if differ == ["windows"] and not self._pack:
+        if differ == [_PACKS] and not self._pack:
             differ = []  # a new window begins
         if not differ:
             if len(state["drawn"]) == len(self._drawn):
@@ -338,8 +339,8 @@ class StepLoader:
             return
         if not new_order:
             raise StateError(
-                f"the saved position belongs to another order; differing: {', '.join(differ)}. Restore "
-                "them, or add data to run.resume_allow to continue in the new order."
+                f"the saved position belongs to another order; differing: {', '.join(differ)}. "
+                "Restore them, or add data to run.resume_allow to continue in the new order."
             )
         if self._pack:  # the rest of a window has no counterpart
             self._position, self._pack = self._position + self.composition.lookahead, 0

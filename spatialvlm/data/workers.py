@@ -164,6 +164,17 @@ class WorkerPool:
 
     def _collect(self) -> None:
         """Thread: receive what the workers send until one fails or the pool is closed."""
+        try:
+            self._receive_all()
+        except Exception as error:
+            self._fail(
+                f"what a loader worker sent cannot be read ({type(error).__name__}: {error}). If the workers run another "
+                "version of a package, or a file system of this machine is full, start again; else report this",
+                reason="worker",
+            )
+            raise
+
+    def _receive_all(self) -> None:
         by_pipe = {worker.pipe: worker for worker in self._workers}
         while not self._closing and self._error is None:
             ready = wait(list(by_pipe), timeout=_POLL_S)

@@ -126,7 +126,9 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
         except ValueError:
             continue  # a line cut off by a kill
         if isinstance(row.get("step"), int):
-            steps[row["step"]] = {**steps.get(row["step"], {}), **row}
+            known = steps.get(row["step"], {})
+            same = known.get("attempt") == row.get("attempt")
+            steps[row["step"]] = {**known, **row} if same else row
     return [steps[step] for step in sorted(steps)]
 
 

@@ -141,7 +141,7 @@ def test_packs_of_a_window_are_not_counted_in_another_packing(tiny_checkpoint, t
             inside = state
         else:
             between = between or state
-    with pytest.raises(StateError, match="differing: windows"):
+    with pytest.raises(StateError, match=r"differing: packs \(of packing, step\.lookahead"):
         build(large, folder, state=inside)
     fresh = build(large, folder, state=inside, new_order=True)
     assert fresh.state_dict()["position"] == inside["position"] + 20

@@ -31,7 +31,7 @@ def work(context, task, report):
             os.kill(os.getpid(), number)
     if kind == "hang":
         time.sleep(60)
-    return value
+    return Unreadable() if kind == "unreadable" else value
 
 
 @pytest.fixture
@@ -45,6 +45,21 @@ def pool():
     yield make
     for one in made:
         one.close()
+
+
+class Unreadable:
+    """Sent by a worker, it cannot be made again on this side."""
+
+    def __reduce__(self):
+        return (int, ("no number",))
+
+
+def test_a_result_that_cannot_be_read_is_told(pool, monkeypatch):
+    # pytest turns the death of a thread into a warning
+    monkeypatch.setattr("threading.excepthook", lambda _: None)
+    workers = pool(1)
+    with pytest.raises(WorkerError, match=r"cannot be read \(ValueError: invalid literal"):
+        workers.get(workers.submit(("unreadable", 0)))
 
 
 def test_results_keep_their_order_and_errors_their_type(pool):

@@ -199,6 +199,16 @@ def test_metrics_keep_the_last_attempt_and_skip_a_cut_line(runs):
     assert all(s["loss"] < 10 for s in steps)
 
 
+def test_nothing_of_an_earlier_attempt_is_left_in_a_step(tmp_path):
+    lines = [
+        {"step": 4, "attempt": 1, "loss": 3.0, "faults/truncated": 1.0},
+        {"step": 4, "attempt": 2, "loss": 2.0},
+        {"step": 4, "attempt": 2, "eval/loss": 1.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_metrics(tmp_path) == [{"step": 4, "attempt": 2, "loss": 2.0, "eval/loss": 1.0}]
+
+
 def test_any_words_of_a_model_can_be_shown(tmp_path):
     """Answers of text questions are their own extraction: broken JSON, odd digits, anything."""
     said = ["{broken", "--3", "²", "[" * 5000, '{"cell": [1, 2]}', "<script>alert(1)</script>", ""]
