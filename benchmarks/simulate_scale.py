@@ -329,13 +329,13 @@ def straggler(batch: int, slower: float = 1.3, rank: int = 77) -> dict:
 
 def control_traffic(clients: int = 512, seconds: float = 10.0, period: float = 5.0) -> dict:
     """The step header, and heartbeats of ``clients`` threads on a real store (one process: Python's lock included)."""
-    server = TCPStore("127.0.0.1", 0, clients + 1, is_master=True, wait_for_workers=False)
+    server = TCPStore("localhost", 0, clients + 1, is_master=True, wait_for_workers=False)
     beat = json.dumps(asdict(Heartbeat(0, "host", 1, 0, "forward", ("source/file#1",) * 8, 0.0)))
     times: dict[str, list[float]] = {"set": [], "get": []}
     opened = threading.Barrier(clients + 1)
 
     def client(rank: int) -> None:
-        store = TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=60))
+        store = TCPStore("localhost", server.port, is_master=False, timeout=timedelta(seconds=60))
         key = f"heartbeat/{rank}"
         store.set(key, beat)
         opened.wait()
