@@ -37,11 +37,11 @@ from spatialvlm.data.plan import PackingArgs, imbalance, plan_step
 from spatialvlm.data.sample import LENGTH_DTYPE
 from spatialvlm.data.sources import Source
 from spatialvlm.data.units import SourceRows
+from spatialvlm.evaluation.charts import PALETTE, Series, line_chart
 from spatialvlm.training.checkpoint import CheckpointStore, Snapshot
 from spatialvlm.training.checkpoint_files import verify, write_safetensors
 from spatialvlm.training.distributed import Processes, StepHeader
 from spatialvlm.training.optim import Group
-from spatialvlm.training.report import svg_lines
 from spatialvlm.training.slices import KINDS, Slice
 from spatialvlm.training.watchdog import Heartbeat
 from spatialvlm.typing import CostCoefficients
@@ -369,26 +369,27 @@ def control_traffic(clients: int = 512, seconds: float = 10.0, period: float = 5
 
 
 def write_plots(result: dict, folder: Path) -> None:
-    """Imbalance and checkpoint time over the number of ranks (log2 on the x axis)."""
+    """Imbalance and checkpoint time over the number of ranks, as ``scale_imbalance.png`` and ``scale_checkpoint.png``."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = result["balance"]
-    imbalances = {
-        name: [(math.log2(row["world"]), 100 * row[name]) for row in rows]
-        for name in ("random", "planner")
-    }
-    times = {
-        model: [
-            (math.log2(r["ranks"]), r["s_at_1_GB_per_node"])
-            for r in result["checkpoints"]
-            if r["model"] == model
-        ]
-        for model in sorted({r["model"] for r in result["checkpoints"]})
-    }
-    for name, series in (("scale_imbalance", imbalances), ("scale_checkpoint", times)):
-        svg = svg_lines(series).split("<p class")[0]
-        (folder / f"{name}.svg").write_text(
-            svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n"
+    worlds = [row["world"] for row in rows]
+    imbalances = [
+        Series(name, worlds, [100 * row[key] for row in rows], color)
+        for (name, key), color in zip(
+            (("random packs", "random"), ("planner", "planner")), PALETTE, strict=False
         )
+    ]
+    times = []
+    for model, color in zip(sorted({r["model"] for r in result["checkpoints"]}), PALETTE, strict=False):  # fmt: skip
+        own = [r for r in result["checkpoints"] if r["model"] == model]
+        times.append(Series(model, [r["ranks"] for r in own], [r["s_at_1_GB_per_node"] for r in own], color))  # fmt: skip
+    for name, series, title, unit in (
+        ("scale_imbalance", imbalances, "Slowest rank over the mean", "% above the mean"),
+        ("scale_checkpoint", times, "One checkpoint at 1 GB/s per node of 8 ranks", "seconds"),
+    ):
+        plot = line_chart(title, series, "ranks", unit, log_x=True, log_y=True)
+        assert plot is not None
+        plot.drawing.png(folder / f"{name}.png")
 
 
 def main() -> None:
@@ -397,7 +398,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--plots", type=Path, help="folder of two SVG files")
+    parser.add_argument("--plots", type=Path, help="folder of two pictures")
     parser.add_argument("--samples", type=int, default=8_000_000)
     parser.add_argument("--batch", type=int, default=4096)
     arguments = parser.parse_args()
