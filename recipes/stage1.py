@@ -36,6 +36,7 @@ def main(config: TrainConfig, arguments: Arguments) -> None:
     from spatialvlm.training.finish import close_run
     from spatialvlm.training.loop import train
     from spatialvlm.training.run import open_run
+    from spatialvlm.training.session import build_session
     from spatialvlm.training.state import seed_everything
 
     processes = start_processes(
@@ -67,7 +68,7 @@ def main(config: TrainConfig, arguments: Arguments) -> None:
         draw_marks=draw_marks,
     )
     evaluate = together(build.build_held_out(config, load, model, processes), probe)
-    session = build.build_session(config, run, state, guard, loader, engine, cost)
+    session = build_session(config, run, state, guard, loader, engine, cost)
     outcome = train(
         session.run,
         state,

@@ -18,13 +18,14 @@ from spatialvlm.models.build import build_meta_model
 from spatialvlm.models.spatial_vlm import SpatialVLM
 from spatialvlm.sequence.pixels import PixelSpec
 from spatialvlm.training.base import backbone_file
-from spatialvlm.training.build import build_cost, build_groups, build_schedule
+from spatialvlm.training.build import build_cost, build_groups
 from spatialvlm.training.estimate import GB, format_memory, require_fit
 from spatialvlm.training.launch import strategy_of
 from spatialvlm.training.metrics import peak_flops
 from spatialvlm.training.optim import group_table
 from spatialvlm.training.plan import SUPERVISED_SHARE, VISUAL_SHARE, pack_patches, plan_memory
 from spatialvlm.training.progress import duration
+from spatialvlm.training.session import build_schedule
 from spatialvlm.typing import CostCoefficients
 
 ASSUMED_MFU = 0.4

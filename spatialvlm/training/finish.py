@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from spatialvlm.config import TrainConfig
-from spatialvlm.training.build import Session
 from spatialvlm.training.engines import Engine
 from spatialvlm.training.export import export
 from spatialvlm.training.loop import Outcome
 from spatialvlm.training.progress import duration
 from spatialvlm.training.report import write_summary
 from spatialvlm.training.run import OpenRun, update_report
+from spatialvlm.training.session import Session
 from spatialvlm.training.state import TrainState
 
 

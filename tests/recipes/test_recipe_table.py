@@ -8,8 +8,8 @@ import pytest
 from spatialvlm.config import TrainConfig, load_config
 from spatialvlm.sequence.pixels import PixelSpec
 from spatialvlm.training import dry_run as dry_run_module
-from spatialvlm.training.build import build_schedule
 from spatialvlm.training.dry_run import pack_flops, planned_steps
+from spatialvlm.training.session import build_schedule
 from spatialvlm.typing import CostCoefficients
 
 ROOT = Path(__file__).resolve().parents[2]
