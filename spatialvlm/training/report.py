@@ -228,7 +228,9 @@ def write_report(run_dir: Path, *, configured_shares: Mapping[str, float] | None
     record = (
         json.loads((run_dir / "run.json").read_text()) if (run_dir / "run.json").is_file() else {}
     )
-    shown = {k: v for k, v in record.items() if k not in ("owner", "summary", "fruitless", "started_at")}
+    shown = {
+        k: v for k, v in record.items() if k not in ("owner", "summary", "fruitless", "started_at")
+    }
     sections = [f"<h1>Training run {html.escape(run_dir.name)}</h1>", _table(shown)]
     if (run_dir / "summary.json").is_file():
         values = json.loads((run_dir / "summary.json").read_text())
