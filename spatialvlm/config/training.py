@@ -189,7 +189,8 @@ class CheckpointConfig(Section):
     keep_every: PositiveInt | None = None
     """Multiples of this step are kept for good; ``None`` = none."""
     background: Bool = False
-    """Write from a copy in host memory while training goes on; needs 12 bytes per trained parameter and rank share."""
+    """Training goes on while a thread writes a copy in host memory: 12 bytes per trained parameter, divided over the
+    ranks. ``false`` = training waits."""
     verify: Literal["full", "sizes"] = "full"
     """Before use: every hash, or only names and sizes."""
     on_error: Literal["retry", "stop"] = "retry"
