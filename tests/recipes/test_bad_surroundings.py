@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from spatialvlm.errors import CheckpointError, DataError, LaunchError
-from spatialvlm.training import build, finish, plan
+from spatialvlm.training import build, finish, plan, session
 from spatialvlm.training.distributed import start_processes
 from spatialvlm.training.evaluate_loss import HeldOutLoss
 from spatialvlm.training.export_checkpoint import export_checkpoint
@@ -263,7 +263,7 @@ def test_evaluations_are_checked_at_the_start_and_forgiven_once(
 def test_a_run_folder_that_disappears_is_named(run, recipe, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     monkeypatch.setattr(
-        build, "update_report", lambda *_: shutil.rmtree(out)
+        session, "update_report", lambda *_: shutil.rmtree(out)
     )  # after the first save
     assert run(1, recipe(1, "qwen3vl"), f"run.dir={out}") == 1
     assert str(out) in capsys.readouterr().err.splitlines()[-1]
