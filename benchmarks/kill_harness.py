@@ -84,6 +84,19 @@ def revision() -> str:
     return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
+def surroundings() -> dict:
+    """What a result was measured with."""
+    import deepspeed
+    import torch
+
+    return {
+        "commit": os.environ.get("KILL_HARNESS_REVISION", ""),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": deepspeed.__version__},
+        "cores": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 1),
+    }  # fmt: skip
+
+
 def write_inputs(folder: Path, *, num: int = 16) -> Path:
     """Rows, a tiny checkpoint, and a recipe."""
     spec = importlib.util.spec_from_file_location(
@@ -284,7 +297,6 @@ def main() -> int:
         os.execv(sys.executable, [sys.executable, str(freeze(out)), *sys.argv[1:]])
     sys.path.insert(0, str(ROOT))
     # Loaded once here; the forked ranks inherit it.
-    import deepspeed
     import torch
     import transformers.models.qwen3_vl.modeling_qwen3_vl  # noqa: F401
 
@@ -316,10 +328,7 @@ def main() -> int:
     failed = sum(bool(r["problems"]) for r in results)
     report = {
         "command": f"python benchmarks/kill_harness.py --kills {arguments.kills} --seed {arguments.seed}",
-        "commit": os.environ.get("KILL_HARNESS_REVISION", ""),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": deepspeed.__version__},
-        "cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 1),
+        **surroundings(),
         "cases_run": len(results),
         "killed": sum(-9 in r["first_exit"] for r in results),
         "bit_for_bit": len(results) - failed,

@@ -291,23 +291,10 @@ def train(kit: Kit, batches: list[Batch]) -> list[float]:
     return seconds
 
 
-def mix(kit: Kit) -> dict[str, Any]:
-    """Samples per CPU second of the whole path, data included."""
-    from types import SimpleNamespace
-
+def write_mix(root: Path) -> None:
+    """``spatial.jsonl``: 16 clips with 8 questions each; ``general.jsonl``: captions and text in turn."""
     from PIL import Image
 
-    from spatialvlm.config.data import (
-        DataConfig,
-        LoaderConfig,
-        PackingConfig,
-        SharedPrefixConfig,
-        StepConfig,
-    )
-    from spatialvlm.data.build import build_data
-    from spatialvlm.data.sample import World
-
-    root = Path(tempfile.mkdtemp())
     rng = np.random.default_rng(0)
 
     def picture(path: Path) -> None:
@@ -345,6 +332,23 @@ def mix(kit: Kit) -> dict[str, Any]:
     (root / "spatial.jsonl").write_text("".join(spatial))
     (root / "general.jsonl").write_text("".join(general))
 
+
+def mix(kit: Kit) -> dict[str, Any]:
+    """Samples per CPU second of the whole path, data included."""
+    from types import SimpleNamespace
+
+    from spatialvlm.config.data import (
+        DataConfig,
+        LoaderConfig,
+        PackingConfig,
+        SharedPrefixConfig,
+        StepConfig,
+    )
+    from spatialvlm.data.build import build_data
+    from spatialvlm.data.sample import World
+
+    root = Path(tempfile.mkdtemp())
+    write_mix(root)
     out: dict[str, Any] = {}
     measured: list[float] = []
     predicted: list[float] = []

@@ -19,7 +19,6 @@ import errno
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import signal
 import statistics
@@ -308,7 +307,6 @@ def main() -> int:
     sys.path.insert(0, str(kill_harness.ROOT))
     os.environ["PYTHONPATH"] = str(kill_harness.ROOT)  # for the loader workers
     # Loaded once here; the forked ranks inherit it.
-    import deepspeed
     import torch
     import transformers.models.qwen3_vl.modeling_qwen3_vl  # noqa: F401
 
@@ -331,10 +329,7 @@ def main() -> int:
     nan_steps = {f.step for i, h in enumerate(history) for f in faults_of_launch(h["from"], arguments.faults_every, i, arguments.size) if f.kind == "nan" and f.step < counters["step"]}  # fmt: skip
     report = {
         "command": f"python benchmarks/soak.py --steps {arguments.steps} --minutes {arguments.minutes:g} --strategy {arguments.strategy} --size {arguments.size}",
-        "commit": os.environ.get("KILL_HARNESS_REVISION", ""),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": deepspeed.__version__},
-        "cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 1),
+        **kill_harness.surroundings(),
         "minutes": round(seconds / 60, 1),
         "steps": counters["step"],
         "skipped": counters["skipped"],

@@ -87,14 +87,20 @@ REFUSED = (
 """Run once to show the message."""
 
 
-def main() -> None:
-    """Command line."""
+def command_line(description: str | None) -> argparse.ArgumentParser:
+    """Options of everything that runs the frameworks."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--envs", type=Path, default=ENVS, help="folder of the peers' environments")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
+    return parser
+
+
+def main() -> None:
+    """Command line."""
+    parser = command_line(__doc__)
     parser.add_argument("--mix", nargs="+", choices=tuple(ROWS), default=list(ROWS))
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--efficiency", action=argparse.BooleanOptionalAction, default=True)

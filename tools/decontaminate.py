@@ -18,6 +18,7 @@ import html
 import json
 import sys
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 from spatialvlm.errors import DataError, SpatialVLMError, run_command
@@ -58,6 +59,15 @@ def write_page(path: Path, summary: dict, hits: list[list]) -> None:
         f"{lines}</table></div>\n",
         encoding="utf-8",
     )
+
+
+def warn_of_missing(option: str, root: Path, paths: Collection[str]) -> None:
+    """Media that were not compared make a clean result worth less."""
+    if paths:
+        print(
+            f"warning: {len(paths)} media files were not compared, they are not under {option} {root}, e.g. {min(paths)}",
+            file=sys.stderr,
+        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -155,15 +165,9 @@ def run(args: argparse.Namespace) -> int:
         f"wrote {out}"
     )
     if args.media:
-        absent = [("--train-root", args.train_root, missing)]
-        absent += [("--bench-root", args.bench_root, b.missing) for b in benchmarks]
-        for option, root, paths in absent:
-            if paths:
-                print(
-                    f"warning: {len(paths)} media files were not compared, they are not under {option} {root}, "
-                    f"e.g. {min(paths)}",
-                    file=sys.stderr,
-                )
+        warn_of_missing("--train-root", args.train_root, missing)
+        for bench in benchmarks:
+            warn_of_missing("--bench-root", args.bench_root, bench.missing)
     if with_hits and args.fail_on_hit:
         return 2
     return 3 if unknown and args.fail_on_unknown else 0

@@ -17,7 +17,6 @@ carries the framework's own message. ``ours`` runs with one sample per pack wher
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
@@ -37,7 +36,7 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE.parent))
 
 from mix import WORDS, Row, row, write_model, write_rows  # noqa: E402
-from throughput import ENVS, NAMES, SETTINGS, last_line, machine  # noqa: E402
+from throughput import NAMES, SETTINGS, command_line, last_line, machine  # noqa: E402
 
 TOLERANCE = 1e-5
 LIMIT_S = 120
@@ -377,12 +376,7 @@ CHECKS = {"gradient": gradient, "leak": leak, "ranks": ranks, "resume": resume}
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--envs", type=Path, default=ENVS, help="folder of the peers' environments")
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
+    parser = command_line(__doc__)
     parser.add_argument("--check", nargs="+", choices=tuple(CHECKS), default=list(CHECKS))
     args = parser.parse_args()
     rows = []

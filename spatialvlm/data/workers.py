@@ -166,7 +166,7 @@ class WorkerPool:
         """Thread: receive what the workers send until one fails or the pool is closed."""
         try:
             self._receive_all()
-        except Exception as error:
+        except Exception as error:  # whoever waits for a result must not wait for a dead thread
             self._fail(
                 f"what a loader worker sent cannot be read ({type(error).__name__}: {error}). If the workers run another "
                 "version of a package, or a file system of this machine is full, start again; else report this",

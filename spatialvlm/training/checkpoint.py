@@ -32,8 +32,7 @@ from spatialvlm.training.checkpoint_files import (
     file_digest,
     manifest_of,
     step_of,
-    sync_file,
-    sync_folder,
+    sync,
     verify,
     write_index,
     write_safetensors,
@@ -260,7 +259,7 @@ class CheckpointStore:
         )
         (work / "config.resolved.yaml").write_text(snapshot.config_yaml, encoding="utf-8")
         for name in ("train_state.json", "config.resolved.yaml"):
-            sync_file(work / name)
+            sync(work / name)
             files[name] = file_digest(work / name)
         write_json(
             work / "manifest.json",
@@ -274,18 +273,18 @@ class CheckpointStore:
                 "files": {name: list(files[name]) for name in sorted(files)},
             },
         )
-        sync_file(work / "manifest.json")
+        sync(work / "manifest.json")
         fault_point("save.manifest", step=step, rank=rank)
         marker = work / "COMPLETE"
         marker.write_text(file_digest(work / "manifest.json")[1])
-        sync_file(marker)
-        sync_folder(work)
+        sync(marker)
+        sync(work)
         fault_point("save.marker", step=step, rank=rank)
         if final.exists():
             shutil.rmtree(final)
         work.rename(final)
         fault_point("save.renamed", step=step, rank=rank)
-        sync_folder(self.folder)
+        sync(self.folder)
 
     def prune(self) -> None:
         """Delete what is no longer kept; a failed delete is a warning."""

@@ -116,14 +116,16 @@ def test_media_outside_the_folder_of_the_rows_need_a_root(tool, tmp_path):
         tool.convert(arguments(path, "webdataset", tmp_path / "x", root=tmp_path / "out"))
 
 
+def write_embedded(path, cells):
+    """One row with its pictures inside."""
+    table = pa.Table.from_pylist([talk("<image>\nOne?", images=cells, meta_info="[]")])
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as out:
+        out.write_table(table)
+
+
 def test_embedded_media_are_written_out_for_messages(tool, tmp_path):
     cells = [{"bytes": JPEG, "path": "a.jpg"}]
-    table = pa.Table.from_pylist([talk("<image>\nOne?", images=cells, meta_info="[]")])
-    with (
-        pa.OSFile(str(tmp_path / "e.arrow"), "wb") as sink,
-        pa.ipc.new_file(sink, table.schema) as out,
-    ):
-        out.write_table(table)
+    write_embedded(tmp_path / "e.arrow", cells)
     report = tool.convert(arguments(tmp_path / "e.arrow", "messages", tmp_path / "out"))
     source, (sample,) = reread(report)
     assert (source.root / sample.media[0].path).read_bytes() == JPEG
@@ -175,12 +177,7 @@ def test_evaluation_scenes_are_left_out(tool, tmp_path):
 def test_renamed_media_keep_the_names_that_tell_their_scene(tool, tmp_path, to):
     """Otherwise a conversion would hide evaluation scenes from the block lists."""
     cells = [{"bytes": JPEG, "path": "scans/scene0251_00/3.jpg"}]
-    table = pa.Table.from_pylist([talk("<image>?", images=cells, meta_info="[]")])
-    with (
-        pa.OSFile(str(tmp_path / "e.arrow"), "wb") as sink,
-        pa.ipc.new_file(sink, table.schema) as out,
-    ):
-        out.write_table(table)
+    write_embedded(tmp_path / "e.arrow", cells)
     report = tool.convert(arguments(tmp_path / "e.arrow", to, tmp_path / "one"))
     _, (sample,) = reread(report)
     assert "scans/scene0251_00/3.jpg" in scene_names(sample)
