@@ -297,6 +297,7 @@ def main() -> int:
         os.execv(sys.executable, [sys.executable, str(freeze(out)), *sys.argv[1:]])
     sys.path.insert(0, str(ROOT))
     # Loaded once here; the forked ranks inherit it.
+    import deepspeed  # noqa: F401
     import torch
     import transformers.models.qwen3_vl.modeling_qwen3_vl  # noqa: F401
 

@@ -307,6 +307,7 @@ def main() -> int:
     sys.path.insert(0, str(kill_harness.ROOT))
     os.environ["PYTHONPATH"] = str(kill_harness.ROOT)  # for the loader workers
     # Loaded once here; the forked ranks inherit it.
+    import deepspeed  # noqa: F401
     import torch
     import transformers.models.qwen3_vl.modeling_qwen3_vl  # noqa: F401
 
